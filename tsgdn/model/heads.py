@@ -1,0 +1,114 @@
+"""A token becomes quantiles of the rest of its own patch and of the next K patches.
+
+A forecast is anchored: its centre is a learned convex combination of the running mean and of what persistence over each
+season forecasts, its spread a learned geometric mean of the sizes that the errors of these anchors have in the series
+(a random walk's error grows with the square root of the periods ahead). Persistence and seasonal naive are therefore
+representable exactly, from the first training step.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from tsgdn.model.scaling import Scales
+from tsgdn.types import Quantiles
+
+
+class QuantileHead(nn.Module):
+    """Monotone quantiles: the median, then softplus steps outwards.
+
+    Args:
+        width: of a token.
+        patch_size: P.
+        patches_ahead: K.
+        seasons: of the anchors, 1 first.
+        quantile_levels: increasing, in (0, 1), the median among them.
+        hidden: width inside.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        patch_size: int,
+        patches_ahead: int,
+        seasons: Sequence[int],
+        quantile_levels: Sequence[float],
+        hidden: int,
+    ):
+        super().__init__()
+        levels = tuple(quantile_levels)
+        if 0.5 not in levels or sorted(set(levels)) != list(levels) or not 0 < levels[0] <= levels[-1] < 1:
+            raise ValueError(
+                f"quantile_levels are {levels}; expected increasing levels between 0 and 1 with 0.5 among them"
+            )
+        self.patch_size, self.ahead = patch_size, patches_ahead + 1
+        self.span = self.ahead * patch_size
+        self.levels, self.middle = levels, levels.index(0.5)
+        self.anchors = 1 + len(seasons)
+        self.main = min(1, len(seasons) - 1)
+        self.hidden = nn.Linear(width, hidden)
+        self.quantiles = nn.Linear(hidden, self.span * len(levels))
+        self.mix = nn.Linear(hidden, self.span * self.anchors)
+        self.units = nn.Linear(hidden, self.ahead * self.anchors)
+        lead = (torch.arange(self.span) - patch_size + 1).clamp(min=1)
+        periods = torch.stack([torch.ceil(lead / m) for m in seasons], -1).sqrt()
+        # the running mean errs by the scale at every lead
+        self.register_buffer("growth", torch.cat([torch.ones(self.span, 1), periods], -1).log(), persistent=False)
+        self.growth: Tensor
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Before training: (seasonal) persistence with the spread of a normal distribution."""
+        for layer in (self.quantiles, self.mix, self.units):
+            nn.init.normal_(layer.weight, std=0.1 / math.sqrt(layer.in_features))
+        normal = torch.special.ndtri(torch.tensor(self.levels, dtype=torch.float64)) * 0.7
+        # softplus of the bias is the distance to the next level; the median itself starts at 0
+        steps = normal.diff().expm1().log()
+        bias = torch.cat([steps[: self.middle], torch.zeros(1), steps[self.middle :]])
+        main = torch.zeros(self.anchors)
+        main[1 + self.main] = 2.0
+        with torch.no_grad():
+            self.quantiles.bias.copy_(bias.to(self.quantiles.bias.dtype).repeat(self.span))
+            self.mix.bias.copy_(main.repeat(self.span))
+            self.units.bias.copy_(main.repeat(self.ahead))
+
+    def forward(
+        self,
+        token: Float[Tensor, "B V N D"],
+        scales: Scales,
+        anchors: Float64[Tensor, "B V N S L"],
+        has_anchor: Bool[Tensor, "B V N S L"],
+        valid: Bool[Tensor, "B N"],
+    ) -> Quantiles:
+        """Reads forecasts off tokens; where no anchor has been seen, the next shorter season or the mean stands in."""
+        h = nn.functional.silu(self.hidden(token))
+        wide = torch.promote_types(token.dtype, torch.float32)
+        raw = self.quantiles(h).to(wide).unflatten(-1, (self.span, len(self.levels)))
+        median = raw[..., self.middle : self.middle + 1]
+        below = nn.functional.softplus(raw[..., : self.middle])
+        above = nn.functional.softplus(raw[..., self.middle + 1 :])
+        z = torch.cat(
+            [median - below.flip(-1).cumsum(-1).flip(-1), median, median + above.cumsum(-1)],
+            -1,
+        )
+        centre = self._centre(self.mix(h).to(wide), scales, anchors, has_anchor)
+        ratios = torch.cat(
+            [torch.zeros_like(scales.loc)[..., None], (scales.lag_scale / scales.scale[..., None]).log()], -1
+        )
+        share = self.units(h).to(wide).unflatten(-1, (self.ahead, self.anchors)).softmax(-1)
+        share = share.repeat_interleave(self.patch_size, -2)
+        unit = (share * (ratios.to(wide)[..., None, :] + self.growth.to(wide))).sum(-1).exp()
+        values = centre[..., None] + unit[..., None] * z
+        main = scales.lag_scale[..., self.main] / scales.scale
+        return Quantiles(values, scales.loc, scales.scale, main, valid)
+
+    def _centre(self, logits: Tensor, scales: Scales, anchors: Tensor, has_anchor: Tensor) -> Float[Tensor, "B V N S"]:
+        place = ((anchors - scales.loc[..., None, None]) / scales.scale[..., None, None]).to(logits.dtype)
+        candidates = [torch.zeros_like(place[..., 0])]
+        for i in range(place.shape[-1]):
+            candidates.append(torch.where(has_anchor[..., i], place[..., i], candidates[-1]))
+        weights = logits.unflatten(-1, (self.span, self.anchors)).softmax(-1)
+        return (weights * torch.stack(candidates, -1)).sum(-1)
