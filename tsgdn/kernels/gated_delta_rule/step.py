@@ -1,0 +1,41 @@
+"""The gated delta rule for one token: S is read once for the prediction and the output, then written."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def step(
+    q: Float[Tensor, "R 1 H Dk"],
+    k: Float[Tensor, "R 1 H Dk"],
+    v: Float[Tensor, "R 1 H Dv"],
+    log_decay: Tensor,
+    beta: Tensor,
+    erase: Tensor | None,
+    delta: bool,
+    state: Float[Tensor, "R H Dk Dv"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, new state and residual of one token; arguments as `gated_delta_rule`.
+
+    The decay is moved from S to the vectors that read it: with a = S^T (exp(g) e) and c = S^T (exp(g) q) the residual
+    is rho = beta v - a and the output c + (k·q) rho, so the new state need not be read again.
+    """
+    rows, _, heads, key_dim = k.shape
+    wide, count = state.dtype, rows * heads
+
+    def flat(x: Tensor) -> Tensor:
+        return x.to(wide).reshape(count, -1)
+
+    decay, keys, queries = flat(log_decay).exp(), flat(k), flat(q)
+    memory, write = state.reshape(count, key_dim, -1), flat(beta) * flat(v)
+    read = decay * queries
+    if delta:
+        address = flat(beta if erase is None else erase) * keys
+        prediction, seen = torch.bmm(torch.stack([decay * address, read], 1), memory).unbind(1)
+        rho = write - prediction
+    else:
+        seen, rho = torch.bmm(read[:, None], memory)[:, 0], write
+    o = seen + (keys * queries).sum(-1, keepdim=True) * rho
+    end = torch.addcmul(decay[:, :, None] * memory, keys[:, :, None], rho[:, None, :])
+    shape = (rows, 1, heads, -1)
+    return o.view(shape).to(v.dtype), end.view(state.shape), rho.view(shape).to(v.dtype)
