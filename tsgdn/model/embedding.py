@@ -63,40 +63,43 @@ class Embedding(nn.Module):
             gap: patches of silence that were skipped before the token.
             static: categories, 0 = unknown.
         """
+        # differences are taken in float64 and leave it at once: what is left is of the order of 1
         dtype = self.first.weight.dtype
         loc, scale = scales.loc[..., None], scales.scale[..., None]
-        lag_scale = scales.lag_scale[..., None, :]
-        level = torch.where(observed, ((values - loc) / scale).asinh(), 0.0)
+        zero = torch.zeros((), dtype=dtype, device=values.device)
+        level = torch.where(observed, ((values - loc) / scale).to(dtype).asinh(), zero)
         usable = observed[..., None] & views.has_predecessor
-        change = torch.where(usable, ((values[..., None] - views.predecessors) / lag_scale).asinh(), 0.0)
-        anchors = ((views.anchors - loc[..., None]) / scale[..., None]).asinh()
-        anchors = torch.where(views.has_anchor, anchors, 0.0)
-        first = scales.scale.log() - torch.where(previous[1] > 0, previous[1], scales.scale).log()
+        change = (values[..., None] - views.predecessors) / scales.lag_scale[..., None, :]
+        change = torch.where(usable, change.to(dtype).asinh(), zero)
+        last = ((views.anchors[..., 0, :] - loc) / scale).to(dtype).asinh()
+        last = torch.where(views.has_anchor[..., 0, :], last, zero)
+        ahead = ((views.anchors[..., self.long] - loc[..., None]) / scale[..., None]).to(dtype).asinh()
+        ahead = torch.where(views.has_anchor[..., self.long], ahead, zero)
+        growth = scales.scale.log() - torch.where(previous[1] > 0, previous[1], scales.scale).log()
         drift = torch.where(previous[1] > 0, (scales.loc - previous[0]) / scales.scale, 0.0)
         ratios = (scales.lag_scale / scale).log() / 3
         V = values.shape[1]
         given = ~known.isnan()
         given_share = given.unflatten(-1, (-1, values.shape[-1])).to(dtype).mean(-1)
-        future = torch.cat([torch.where(given, known, 0.0).to(dtype), given_share], -1)  # B F N (S + ahead)
+        future = torch.cat([torch.where(given, known, 0.0).to(dtype), given_share], -1)  # B F N (S + K + 1)
         future = future.transpose(1, 2).flatten(2)[:, None].expand(-1, V, -1, -1)
-        silence = torch.log1p(gap.double())[:, None, :, None].expand(-1, V, -1, -1) / 5
-        numbers = torch.cat(
+        silence = torch.log1p(gap.to(dtype))[:, None, :, None].expand(-1, V, -1, -1) / 5
+        seen = observed.to(dtype)
+        numbers = [growth[..., None], drift[..., None].asinh(), torch.log1p(scales.count)[..., None] / 10, ratios]
+        x = torch.cat(
             [
                 level,
-                observed.double(),
+                seen,
                 change.flatten(3),
-                anchors[..., 0, :],
-                anchors[..., self.long].flatten(3),
-                ratios,
-                first[..., None],
-                drift[..., None].asinh(),
-                torch.log1p(scales.count)[..., None] / 10,
-                observed.double().mean(-1, keepdim=True),
+                last,
+                ahead.flatten(3),
+                *(x.to(dtype) for x in numbers),
+                seen.mean(-1, keepdim=True),
                 silence,
+                future,
             ],
             -1,
         )
-        x = torch.cat([numbers.to(dtype), future], -1)
         token = self.direct(x) + self.second(nn.functional.silu(self.first(x)))
         for i, table in enumerate(self.static):
             category = static[:, i]

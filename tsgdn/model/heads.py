@@ -107,8 +107,10 @@ class QuantileHead(nn.Module):
 
     def _centre(self, logits: Tensor, scales: Scales, anchors: Tensor, has_anchor: Tensor) -> Float[Tensor, "B V N S"]:
         place = ((anchors - scales.loc[..., None, None]) / scales.scale[..., None, None]).to(logits.dtype)
-        candidates = [torch.zeros_like(place[..., 0])]
-        for i in range(place.shape[-1]):
-            candidates.append(torch.where(has_anchor[..., i], place[..., i], candidates[-1]))
         weights = logits.unflatten(-1, (self.span, self.anchors)).softmax(-1)
-        return (weights * torch.stack(candidates, -1)).sum(-1)
+        candidate = torch.zeros_like(place[..., 0])  # the mean
+        centre = candidate
+        for i in range(place.shape[-1]):
+            candidate = torch.where(has_anchor[..., i], place[..., i], candidate)
+            centre = centre + weights[..., i + 1] * candidate
+        return centre
