@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from tsgdn.model.artefact import ArtefactError, fingerprint, load, read_series_info, save
 from tsgdn.model.forecaster import Forecaster
-from tsgdn.model.heads import QuantileHead
 from tsgdn.model.losses import gather_targets, hidden_cells, pinball_loss
 from tsgdn.model.scaling import CausalScaler
 from tsgdn.model.seasonal import SeasonalMemory
@@ -234,7 +233,16 @@ def test_bad_arguments_are_refused_by_name() -> None:
         model.elapse(model.initial_state(1, 1), -1)
 
 
-def test_the_head_starts_as_a_normal_distribution_around_the_main_season() -> None:
-    head = QuantileHead(8, P, K, (1, 6), (0.1, 0.5, 0.9), 16)
-    steps = torch.nn.functional.softplus(head.quantiles.bias.detach().unflatten(0, (-1, 3)))
-    assert_close(steps[:, [0, 2]], torch.full_like(steps[:, [0, 2]], 1.2815516 * 0.7), rtol=1e-5, atol=0)
+def test_an_untrained_model_forecasts_a_random_walk_by_its_last_value_and_a_season_by_the_last_one() -> None:
+    torch.manual_seed(0)
+    model = Forecaster(P, K, (1, 6), width=16, depth=1).eval()
+    generator = torch.Generator().manual_seed(3)
+    walk = torch.randn(40 * P, generator=generator).double().cumsum(0)
+    season = torch.sin(torch.arange(40 * P) / 6 * 2 * torch.pi).double() + 0.02 * walk.diff(prepend=walk[:1])
+    series = torch.stack([walk, season])[:, None]
+    _, state = model(Batch(series, torch.ones_like(series, dtype=torch.bool)))
+    median = model.forecast(state, 6)[:, 0, :, model.head.middle]
+    spread = model.forecast(state, 6)[:, 0, :, -1] - median
+    assert ((median[0, :3] - walk[-1]).abs() < 0.5 * spread[0, :3]).all()
+    assert (median[1] - series[1, 0, -6:]).abs().max() < 0.1
+    assert spread[0, 5] > 1.8 * spread[0, 0]

@@ -1,9 +1,10 @@
 """A token becomes quantiles of the rest of its own patch and of the next K patches.
 
-A forecast is anchored: its centre is a learned convex combination of the running mean and of what persistence over each
-season forecasts, its spread a learned geometric mean of the sizes that the errors of these anchors have in the series
-(a random walk's error grows with the square root of the periods ahead). Persistence and seasonal naive are therefore
-representable exactly, from the first training step.
+A forecast is anchored: its centre is a convex combination of the running mean and of what persistence over each season
+forecasts, its spread a geometric mean of the sizes that the errors of these anchors have in the series (a random walk's
+error grows with the square root of the periods ahead). Weights start from these sizes, as forecasts are combined by the
+inverse of their past errors (Bates and Granger 1969), and are learned from there. So before the first training step a
+random walk is forecast by its last value and a seasonal series by its last season, each with a spread of its own.
 """
 
 import math
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from tsgdn.model.scaling import Scales
 from tsgdn.types import Quantiles
+
+SHARPNESS = 4.0  # 2 weighs anchors by the inverse of their mean square error; more favours the best
 
 
 class QuantileHead(nn.Module):
@@ -49,6 +52,7 @@ class QuantileHead(nn.Module):
         self.levels, self.middle = levels, levels.index(0.5)
         self.anchors = 1 + len(seasons)
         self.main = min(1, len(seasons) - 1)
+        self.sharpness = nn.Parameter(torch.full((), SHARPNESS))
         self.hidden = nn.Linear(width, hidden)
         self.quantiles = nn.Linear(hidden, self.span * len(levels))
         self.mix = nn.Linear(hidden, self.span * self.anchors)
@@ -61,19 +65,16 @@ class QuantileHead(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Before training: (seasonal) persistence with the spread of a normal distribution."""
+        """Before training: the anchors by their past errors, with the spread of a normal distribution."""
         for layer in (self.quantiles, self.mix, self.units):
             nn.init.normal_(layer.weight, std=0.1 / math.sqrt(layer.in_features))
-        normal = torch.special.ndtri(torch.tensor(self.levels, dtype=torch.float64)) * 0.7
+            nn.init.zeros_(layer.bias)
+        normal = torch.special.ndtri(torch.tensor(self.levels, dtype=torch.float64)) * 0.8
         # softplus of the bias is the distance to the next level; the median itself starts at 0
         steps = normal.diff().expm1().log()
         bias = torch.cat([steps[: self.middle], torch.zeros(1), steps[self.middle :]])
-        main = torch.zeros(self.anchors)
-        main[1 + self.main] = 2.0
         with torch.no_grad():
             self.quantiles.bias.copy_(bias.to(self.quantiles.bias.dtype).repeat(self.span))
-            self.mix.bias.copy_(main.repeat(self.span))
-            self.units.bias.copy_(main.repeat(self.ahead))
 
     def forward(
         self,
@@ -94,20 +95,24 @@ class QuantileHead(nn.Module):
             [median - below.flip(-1).cumsum(-1).flip(-1), median, median + above.cumsum(-1)],
             -1,
         )
-        centre = self._centre(self.mix(h).to(wide), scales, anchors, has_anchor)
-        ratios = torch.cat(
+        # log of the size of each anchor's error at each step, in units of the scale; the running mean errs by the scale
+        size = torch.cat(
             [torch.zeros_like(scales.loc)[..., None], (scales.lag_scale / scales.scale[..., None]).log()], -1
         )
-        share = self.units(h).to(wide).unflatten(-1, (self.ahead, self.anchors)).softmax(-1)
-        share = share.repeat_interleave(self.patch_size, -2)
-        unit = (share * (ratios.to(wide)[..., None, :] + self.growth.to(wide))).sum(-1).exp()
+        size = size.to(wide)[..., None, :] + self.growth.to(wide)
+        prior = -self.sharpness * size
+        centre = self._centre(self.mix(h).to(wide), prior, scales, anchors, has_anchor)
+        share = self.units(h).to(wide).unflatten(-1, (self.ahead, self.anchors)).repeat_interleave(self.patch_size, -2)
+        unit = ((share + prior).softmax(-1) * size).sum(-1).exp()
         values = centre[..., None] + unit[..., None] * z
         main = scales.lag_scale[..., self.main] / scales.scale
         return Quantiles(values, scales.loc, scales.scale, main, valid)
 
-    def _centre(self, logits: Tensor, scales: Scales, anchors: Tensor, has_anchor: Tensor) -> Float[Tensor, "B V N S"]:
+    def _centre(
+        self, logits: Tensor, prior: Tensor, scales: Scales, anchors: Tensor, has_anchor: Tensor
+    ) -> Float[Tensor, "B V N S"]:
         place = ((anchors - scales.loc[..., None, None]) / scales.scale[..., None, None]).to(logits.dtype)
-        weights = logits.unflatten(-1, (self.span, self.anchors)).softmax(-1)
+        weights = (logits.unflatten(-1, (self.span, self.anchors)) + prior).softmax(-1)
         candidate = torch.zeros_like(place[..., 0])  # the mean
         centre = candidate
         for i in range(place.shape[-1]):
