@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default=HEADLINE, help=f"evaluation cells with a preset (default {HEADLINE})")
     parser.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
-    parser.add_argument("--results", type=Path, default=Path("experiments/accuracy/results.csv"), help="CSV to append to")
+    parser.add_argument(
+        "--results", type=Path, default=Path("experiments/accuracy/results.csv"), help="CSV to append to"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="folder of the fits")
     parser.add_argument("--workers", type=int, default=1, help="fits at a time, one thread each")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="handed on to tsgdn fit")

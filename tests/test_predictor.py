@@ -1,0 +1,611 @@
+"""The stateful predictor: stream = batch, purity, verdicts on rows, snapshots."""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+
+from tsgdn.data.clock import Clock
+from tsgdn.data.series import Series
+from tsgdn.model.forecaster import Forecaster
+from tsgdn.streaming import snapshot
+from tsgdn.streaming.predictor import StatefulPredictor
+from tsgdn.streaming.replay import replay
+from tsgdn.types import Batch
+
+START = np.datetime64("2024-02-27T05:00", "ns")
+P = 4
+
+
+def make_model(seed=0, *, user_features=0, static=(), freq="h", patch_size=P):
+    torch.manual_seed(seed)
+    model = Forecaster(
+        patch_size=patch_size,
+        patches_ahead=2,
+        seasons=(1, 24),
+        known_features=Clock(freq).calendar_size + user_features,
+        static_cardinalities=static,
+        width=8,
+        depth=2,
+        mixer_args={"heads": 1, "key_dim": 8},
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # no part is at its initial zero
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def predictor(model):
+    return StatefulPredictor(model, freq="h")
+
+
+def walk(steps, seed=0, variates=1):
+    return np.random.default_rng(seed).normal(size=(variates, steps)).cumsum(1) + 10
+
+
+def make_series(item_id, steps, seed=0, start=START, **more):
+    return Series(item_id, start, "h", walk(steps, seed), **more)
+
+
+def stamp(step, start=START):
+    return start + np.timedelta64(step, "h")
+
+
+def rows_of(series):
+    return [(series.item_id, t, float(x)) for t, x in zip(series.timestamps, series.values[0], strict=True)]
+
+
+def digest(predictor):
+    hashed = hashlib.blake2b()
+    for name, tensor in sorted(predictor.state_tensors().items()):
+        hashed.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def assert_same_forecasts(a, b, rtol=1e-5, items=None, horizon=20):
+    one, two = a.forecast(items, horizon=horizon), b.forecast(items or one_ids(a), horizon=horizon)
+    assert one.item_ids == two.item_ids
+    assert (one.start == two.start).all()
+    np.testing.assert_allclose(one.values, two.values, rtol=rtol, atol=rtol)
+
+
+def one_ids(predictor):
+    return predictor.item_ids
+
+
+def batch_forecast(model, series, origin, horizon):
+    """The token's own quantiles out of one parallel pass; inside a patch over the closed patch."""
+    length = -(-origin // P) * P
+    values = np.full((1, 1, length), np.nan)
+    values[0, :, :origin] = series.values[:, :origin]
+    known = series.clock.calendar(series.start, 0, length + model.span)[None]
+    batch = Batch(torch.tensor(np.nan_to_num(values)), torch.tensor(~np.isnan(values)), torch.tensor(known))
+    with torch.no_grad():
+        quantiles, _ = model(batch)
+    begin = origin % P or P
+    return quantiles.unscaled()[0, :, -1, begin : begin + horizon].numpy()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_replayed_forecasts_equal_those_of_one_parallel_pass_at_every_step(dtype, rtol):
+    model = make_model().to(dtype)
+    histories = [make_series("a", 30), make_series("b", 25, seed=1, start=stamp(3))]
+    seen = 0
+    for origin, forecast, truth in replay(StatefulPredictor(model, freq="h"), histories, 8):
+        for row, item in enumerate(forecast.item_ids):
+            series = next(one for one in histories if one.item_id == item)
+            want = batch_forecast(model, series, int(origin[row]), 8)
+            np.testing.assert_allclose(forecast.values[row], want, rtol=rtol, atol=rtol)
+            assert forecast.start[row] == series.start + np.timedelta64(int(origin[row]), "h")
+            ahead = series.values[:, origin[row] : origin[row] + 8]
+            np.testing.assert_array_equal(truth[row][:, : ahead.shape[1]], ahead)
+            assert np.isnan(truth[row][:, ahead.shape[1] :]).all()
+            seen += 1
+    assert seen == 29 + 24
+
+
+def test_replay_can_start_after_a_warm_up_and_keep_whole_truths_only(predictor):
+    histories = [make_series("a", 40), make_series("b", 30, seed=1)]
+    origins = list(replay(predictor, histories, 6, every=5, warm_up={"a": 20, "b": 10}, full=True))
+    assert [one.origin.tolist() for one in origins] == [[20, 10], [25, 15], [30, 20]]
+    assert not any(np.isnan(one.truth).any() for one in origins)
+
+
+def test_verify_certifies_the_stream_and_leaves_the_states_alone(predictor):
+    predictor.warm_up(make_series("a", 13))
+    before = digest(predictor)
+    report = predictor.verify([make_series("x", 50), make_series("y", 31, seed=2)])
+    assert report.ok
+    assert report.forecasts >= 14
+    assert digest(predictor) == before
+    assert "x" not in predictor
+
+
+def test_verify_finds_a_model_whose_state_forgets(model, monkeypatch):
+    real = Forecaster.forward
+
+    def forgets(self, batch, state=None, *, read=None):
+        if state is not None:
+            state = state._replace(scaling=type(state.scaling)(*(torch.zeros_like(x) for x in state.scaling)))
+        return real(self, batch, state, read=read)
+
+    monkeypatch.setattr(Forecaster, "forward", forgets)
+    assert not StatefulPredictor(model, freq="h").verify(make_series("x", 50)).ok
+
+
+def test_forecasting_over_and_over_changes_nothing(predictor):
+    predictor.observe(rows_of(make_series("a", 4 * P + 2)))
+    before = digest(predictor)
+    first = predictor.forecast(horizon=3 * P).values
+    for _ in range(40):
+        predictor.forecast(horizon=2)
+    predictor.forecast(horizon=40, quantile_levels=(0.001, 0.5))
+    assert digest(predictor) == before
+    np.testing.assert_array_equal(predictor.forecast(horizon=3 * P).values, first)
+
+
+def test_warm_up_equals_streaming_row_by_row_and_can_go_on_from_a_state(model):
+    histories = [make_series(f"s{i}", 13 + 6 * i, seed=i) for i in range(4)]
+    warm, chunked, twice, streamed = (StatefulPredictor(model, freq="h") for _ in range(4))
+    warm.warm_up(histories)
+    chunked.warm_up(histories, chunk=8)
+    twice.warm_up([one.slice(0, 11) for one in histories])
+    twice.warm_up([one.slice(11) for one in histories])
+    for one in histories:
+        for row in rows_of(one):
+            assert streamed.observe([row]).accepted == 1
+    for other in (chunked, twice, streamed):
+        assert_same_forecasts(warm, other)
+        for name, tensor in warm.state_tensors().items():
+            torch.testing.assert_close(other.state_tensors()[name], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert [warm.head(one.item_id) for one in histories] == [13, 19, 25, 31]
+
+
+def test_any_order_and_any_cut_of_the_rows_give_the_same_forecasts(model):
+    histories = [make_series(f"s{i}", 30 + i, seed=i) for i in range(3)]
+    rows = [row for one in histories for row in rows_of(one)]
+    whole, shuffled, subsets = (StatefulPredictor(model, freq="h") for _ in range(3))
+    assert whole.observe(rows).accepted == len(rows)
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert shuffled.observe([rows[i] for i in order]).accepted == len(rows)
+    rng = np.random.default_rng(1)
+    queues = {one.item_id: rows_of(one) for one in histories}
+    while any(queues.values()):
+        some = [queues[item].pop(0) for item in queues if queues[item] and rng.random() < 0.6]
+        assert subsets.observe(some).accepted == len(some)
+    items = [one.item_id for one in histories]
+    assert_same_forecasts(whole, shuffled, items=items)
+    assert_same_forecasts(whole, subsets, items=items)
+
+
+def test_a_series_does_not_depend_on_its_neighbours(model):
+    histories = [make_series(f"s{i}", 26 + 5 * i, seed=i) for i in range(5)]
+    together, alone, permuted = (StatefulPredictor(model, freq="h") for _ in range(3))
+    together.warm_up(histories)
+    permuted.warm_up(histories[::-1])
+    alone.warm_up(histories[2])
+    assert_same_forecasts(together, alone, items=["s2"])
+    assert_same_forecasts(together, permuted, items=["s3", "s0", "s2"])
+
+
+@pytest.mark.parametrize(("gap", "phase"), [(1, 0), (3, 3), (5 * P + 1, 2), (32 * P + 3, 1), (60 * P, 0)])
+def test_absent_rows_equal_explicit_missing_ones(model, gap, phase):
+    head = 5 * P + phase
+    values = walk(head + gap + 2 * P + 1)
+    values[:, head : head + gap] = np.nan
+    explicit, absent = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h")
+    rows = rows_of(Series("a", START, "h", values))
+    told = explicit.observe(rows)
+    assert (told.missing, told.gap) == (gap, 0)
+    given = [row for row in rows if not np.isnan(row[2])]
+    for i, row in enumerate(given):
+        report = absent.observe([row])
+        assert report.gap == (gap if i == head else 0)
+    assert explicit.head("a") == absent.head("a")
+    assert_same_forecasts(explicit, absent)
+
+
+def test_a_silence_of_a_hundred_thousand_steps_is_crossed_without_a_loop(model, monkeypatch):
+    predictor = StatefulPredictor(model, freq="h", max_jump=10**6)
+    predictor.observe(rows_of(make_series("a", 10)))
+    fed = []
+    real = Forecaster.forward
+
+    def counted(self, batch, state=None, *, read=None):
+        fed.append(batch.values.shape[-1])
+        return real(self, batch, state, read=read)
+
+    monkeypatch.setattr(Forecaster, "forward", counted)
+    assert predictor.observe([("a", stamp(100_000), 1.0)]).gap == 99_990
+    assert predictor.head("a") == 100_001
+    assert sum(fed) < 40 * P
+
+
+def test_each_bad_row_gets_its_verdict_and_leaves_no_trace(model):
+    predictor, oracle = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h")
+    history = rows_of(make_series("a", 30))
+    predictor.observe(history)
+    oracle.observe(history)
+    before = digest(predictor)
+    wrong = {
+        "ts.conflict": ("a", stamp(29), 1e6),
+        "ts.late": ("a", stamp(2), 1.0),
+        "ts.grid": ("a", stamp(30) + np.timedelta64(1, "m"), 1.0),
+        "ts.syntax": ("a", "yesterday", 1.0),
+        "ts.type": ("a", 1_700_000_000, 1.0),
+        "ts.range": ("a", "9999-01-01", 1.0),
+        "value.nonfinite": ("a", stamp(30), float("inf")),
+        "value.range": ("a", stamp(30), 1e300),
+        "value.type": ("a", stamp(30), "1.5"),
+        "value.count": ("a", stamp(30), [1.0, 2.0]),
+        "item.id": ("a\0b", stamp(30), 1.0),
+    }
+    for code, row in wrong.items():
+        report = predictor.observe([row])
+        assert [bad.code for bad in report.set_aside] == [code]
+        assert report.first[code][0] == row[0].replace("\0", "\\x00")
+        assert report.late + report.rejected == 1
+        assert digest(predictor) == before
+    assert [bad.code for bad in predictor.observe([("a", stamp(30), True)]).set_aside] == ["value.type"]
+    again = predictor.observe(history[-5:])
+    assert (again.duplicate, again.accepted) == (5, 0)
+    assert digest(predictor) == before
+
+    mixed = predictor.observe([*wrong.values(), ("a", stamp(30), 5.0), ("a", stamp(30), 5.0), ("a", stamp(31), None)])
+    assert (mixed.accepted, mixed.missing, mixed.duplicate, mixed.late) == (1, 1, 1, 1)
+    assert mixed.rejected == len(wrong) - 1
+    assert {bad.code: bad.row for bad in mixed.set_aside} == {code: i for i, code in enumerate(wrong)}
+    oracle.observe([("a", stamp(30), 5.0), ("a", stamp(31), np.nan)])
+    assert digest(predictor) == digest(oracle)
+
+
+def test_a_missing_cell_is_filled_only_while_its_patch_is_open_and_nobody_called_it_missing(model):
+    predictor, oracle = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h")
+    values = [(("a", stamp(i), float(i))) for i in range(2 * P)]
+    predictor.observe([row for i, row in enumerate(values) if i not in (2, P + 1)][: 2 * P - 3])  # ends in patch two
+    head = predictor.head("a")
+    assert P < head < 2 * P
+    assert predictor.observe([values[2]]).late == 1  # its patch is closed
+    assert predictor.observe([values[P + 1]]).accepted == 1
+    assert predictor.observe([values[P + 1]]).duplicate == 1
+    oracle.observe([("a", t, None if i == 2 else x) for i, (_, t, x) in enumerate(values[:head])])
+    assert_same_forecasts(predictor, oracle, rtol=0)
+    predictor.observe([("a", stamp(head), None)])
+    assert predictor.observe([("a", stamp(head), 3.0)]).late == 1
+
+
+def test_bad_rows_with_errors_raise_apply_nothing(predictor):
+    predictor.observe(rows_of(make_series("a", 10)))
+    before = digest(predictor)
+    rows = [("a", stamp(10), 1.0), ("b", stamp(0), 1.0), ("a", stamp(3), 99.0)]
+    with pytest.raises(ValueError, match=r"ts\.conflict.*nothing was applied"):
+        predictor.observe(rows, errors="raise")
+    assert digest(predictor) == before
+    assert "b" not in predictor
+
+
+def test_one_wrong_date_does_not_poison_a_series(predictor):
+    predictor.observe(rows_of(make_series("a", 10)))
+    before = digest(predictor)
+    assert predictor.observe([("a", stamp(1_000_000), 1.0)]).held == 1
+    assert digest(predictor) == before
+    report = predictor.observe([("a", stamp(10), 1.0)])
+    assert report.accepted == 1
+    assert [(bad.code, bad.row) for bad in report.set_aside] == [("ts.jump", None)]
+    assert predictor.head("a") == 11
+
+
+def test_a_real_outage_heals_when_three_rising_rows_agree(model):
+    waited, trusted = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h", max_jump=10**7)
+    far = [("a", stamp(1_000_000 + i), float(i)) for i in range(3)]
+    for predictor in (waited, trusted):
+        predictor.observe(rows_of(make_series("a", 10)))
+    assert [waited.observe([row]).held for row in far] == [1, 1, 0]
+    trusted.observe(far)
+    assert waited.head("a") == trusted.head("a") == 1_000_003
+    assert_same_forecasts(waited, trusted)
+
+
+def test_held_rows_survive_save_and_load(predictor, model, tmp_path):
+    predictor.observe(rows_of(make_series("a", 10)))
+    predictor.observe([("a", stamp(1_000_000), 1.0)])
+    predictor.save(tmp_path)
+    other = StatefulPredictor(model, freq="h")
+    other.load(tmp_path)
+    assert other.held() == predictor.held() != set()
+    other.observe([("a", stamp(1_000_001), 1.0), ("a", stamp(1_000_002), 1.0)])
+    assert other.head("a") == 1_000_003
+
+
+@pytest.mark.parametrize("dialect", ["pandas", "pandas_tz", "polars", "arrow", "nixtla", "mapping", "arrays", "text"])
+def test_every_way_to_give_rows_means_the_same(model, dialect):
+    series = make_series("a", 19)
+    oracle, predictor = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h")
+    oracle.warm_up(series)
+    times, values = series.timestamps, series.values[0]
+    frame = pd.DataFrame({"item_id": "a", "timestamp": times, "target": values})
+    if dialect == "mapping":
+        for t, x in zip(times, values, strict=True):
+            predictor.observe({"a": x}, timestamp=t)
+    else:
+        data = {
+            "pandas": lambda: frame,
+            "pandas_tz": lambda: frame.assign(
+                timestamp=frame.timestamp.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")
+            ),
+            "polars": lambda: pl.from_pandas(frame),
+            "arrow": lambda: pl.from_pandas(frame).to_arrow(),
+            "nixtla": lambda: frame.rename(columns={"item_id": "unique_id", "timestamp": "ds", "target": "y"}),
+            "arrays": lambda: (np.array(["a"] * 19), times, values),
+            "text": lambda: [
+                ("a", f"{pd.Timestamp(t).isoformat()}+00:00", x) for t, x in zip(times, values, strict=True)
+            ],
+        }[dialect]()
+        assert predictor.observe(data).accepted == 19
+    assert_same_forecasts(oracle, predictor)
+
+
+def test_wrong_frames_raise_before_anything_is_applied(predictor):
+    good = pd.DataFrame({"item_id": ["a"], "timestamp": [START], "target": [1.0]})
+    for wrong, text in [
+        (good.drop(columns="target"), "target or y is missing"),
+        (good.assign(extra=1), "unknown column 'extra'"),
+        (good.assign(target="1.0"), "expected numbers"),
+        (good.assign(target=True), "expected numbers"),
+        ([("a", 1.0)], "a row is"),
+        ({"a": 1.0}, "timestamp="),
+        (3, "cannot read"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            predictor.observe(wrong)
+    assert len(predictor) == 0
+
+
+def test_unknown_series_are_created_or_rejected_and_quotas_hold(model):
+    strict = StatefulPredictor(model, freq="h", on_unknown="reject")
+    assert strict.observe([("a", START, 1.0)]).first["item.unknown"][0] == "a"
+    strict.register(["a"])
+    assert strict.observe([("a", START, 1.0)]).accepted == 1
+    small = StatefulPredictor(model, freq="h", max_series=2)
+    report = small.observe([(item, START, 1.0) for item in "abcd"])
+    assert (report.accepted, [bad.code for bad in report.set_aside]) == (2, ["series.quota"] * 2)
+    with pytest.raises(KeyError, match="'zz' is not known"):
+        small.forecast(["zz"])
+
+
+def test_a_series_reset_or_evicted_starts_anew_and_slots_are_used_again(predictor, model):
+    predictor.warm_up([make_series("a", 30), make_series("b", 30, seed=1)])
+    size = predictor.nbytes_per_series
+    assert predictor.evict(["a"]) == 1
+    predictor.reset(["b"])
+    assert len(predictor) == 0
+    fresh = StatefulPredictor(model, freq="h")
+    for one in (predictor, fresh):
+        one.warm_up([make_series("c", 21, seed=3), make_series("b", 17, seed=4)])
+    assert digest(predictor) == digest(fresh)
+    assert predictor.nbytes_per_series == size
+
+
+def test_bytes_per_series_do_not_grow(predictor):
+    predictor.observe(rows_of(make_series("a", 1)))
+    size = predictor.nbytes_per_series
+    held = sum(tensor.nbytes for tensor in predictor.state_tensors().values())
+    predictor.warm_up(Series("a", stamp(1), "h", walk(3000)))
+    assert predictor.nbytes_per_series == size
+    assert sum(tensor.nbytes for tensor in predictor.state_tensors().values()) == held
+
+
+def test_what_happens_to_a_fork_does_not_reach_the_original(predictor):
+    predictor.warm_up([make_series("a", 30), make_series("b", 22, seed=1)])
+    before, forecast = digest(predictor), predictor.forecast(["b"]).values
+    what_if = predictor.fork(["b"])
+    assert what_if.item_ids == ("b",)
+    np.testing.assert_array_equal(what_if.forecast().values, forecast)
+    what_if.observe([("b", stamp(22 + i), 100.0) for i in range(P)])
+    assert not np.array_equal(what_if.forecast().values, forecast)
+    assert digest(predictor) == before
+
+
+def test_saved_and_loaded_continues_bit_for_bit(predictor, model, tmp_path):
+    histories = [make_series(f"s{i}", 21 + 3 * i, seed=i) for i in range(4)]
+    predictor.warm_up([one.slice(0, 15 + i) for i, one in enumerate(histories)])
+    predictor.save(tmp_path / "state", offset={"line": 7})
+    restored = StatefulPredictor(model, freq="h")
+    assert restored.load(tmp_path / "state") == {"line": 7}
+    assert digest(restored) == digest(predictor)
+    for other in (predictor, restored):
+        other.observe([row for i, one in enumerate(histories) for row in rows_of(one)[15 + i :]])
+        other.observe([("new", START, 3.0)])
+    assert digest(restored) == digest(predictor)
+    np.testing.assert_array_equal(restored.forecast(horizon=20).values, predictor.forecast(horizon=20).values)
+    predictor.save(tmp_path / "state")
+    assert len(list((tmp_path / "state").glob("*.safetensors"))) == 1
+
+
+def test_snapshots_that_do_not_belong_are_refused_by_name(predictor, model, tmp_path):
+    predictor.warm_up(make_series("a", 20))
+    predictor.save(tmp_path)
+    other = StatefulPredictor(make_model(seed=1), freq="h")
+    with pytest.raises(snapshot.SnapshotRefused, match="belong to model"):
+        other.load(tmp_path)
+    with pytest.raises(snapshot.SnapshotRefused, match="freq 'h', expected '2h'"):
+        StatefulPredictor(model, freq="2h").load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        other.load(tmp_path / "nowhere")
+    header, states = tmp_path / "header.json", next(tmp_path.glob("*.safetensors"))
+    good_header, good_states = header.read_bytes(), states.read_bytes()
+    fresh = StatefulPredictor(model, freq="h")
+    for place in range(0, len(good_states), 997):
+        states.write_bytes(good_states[:place] + bytes([good_states[place] ^ 1]) + good_states[place + 1 :])
+        with pytest.raises(snapshot.SnapshotRefused, match="damaged"):
+            fresh.load(tmp_path)
+    states.write_bytes(good_states)
+    for place in range(0, len(good_header), 13):
+        header.write_bytes(good_header[:place] + bytes([good_header[place] ^ 1]) + good_header[place + 1 :])
+        with pytest.raises(snapshot.SnapshotRefused):
+            fresh.load(tmp_path)
+    header.write_bytes(good_header.replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(snapshot.SnapshotRefused, match="upgrade"):
+        fresh.load(tmp_path)
+    assert len(fresh) == 0
+    header.write_bytes(good_header)
+    fresh.load(tmp_path)
+    assert digest(fresh) == digest(predictor)
+
+
+def test_a_crash_inside_save_leaves_the_snapshot_before(predictor, model, tmp_path, monkeypatch):
+    predictor.warm_up(make_series("a", 20))
+    predictor.save(tmp_path)
+    before = digest(predictor)
+    predictor.observe([("a", stamp(20), 1.0)])
+    replaced = []
+
+    def crash(source, target):
+        if replaced:
+            raise OSError("the machine stops here")
+        replaced.append(target)
+        source.rename(target)
+
+    monkeypatch.setattr(snapshot.os, "replace", crash)
+    with pytest.raises(OSError, match="stops here"):
+        predictor.save(tmp_path)
+    restored = StatefulPredictor(model, freq="h")
+    restored.load(tmp_path)
+    assert digest(restored) == before
+
+
+def test_levels_are_interpolated_in_order_and_flags_say_what_to_trust(predictor):
+    predictor.warm_up([make_series("a", 41), make_series("short", 2)])
+    own = predictor.forecast(["a"], horizon=8)
+    chosen = predictor.forecast(["a"], horizon=8, quantile_levels=(0.1, 0.12, 0.15, 0.5, 0.995))
+    np.testing.assert_array_equal(chosen.quantile(0.1), own.quantile(0.1))
+    np.testing.assert_array_equal(chosen.quantile(0.15), own.quantile(0.15))
+    assert (np.diff(chosen.values, axis=-1) >= 0).all()
+    assert (chosen.quantile(0.995) >= own.quantile(0.99)).all()
+    assert chosen.flags == (frozenset({"tail"}),)
+    assert own.flags == (frozenset(),)
+    assert predictor.forecast(["a"], horizon=11).flags == (frozenset(),)  # 3 steps of its own patch, then 8
+    assert predictor.forecast(["a"], horizon=12).flags == (frozenset({"rollout"}),)
+    assert predictor.forecast(["short"], horizon=8).flags == (frozenset({"cold"}),)
+    predictor.observe([("void", START, None)])
+    void = predictor.forecast(["void"])
+    assert np.isnan(void.values).all()
+    assert void.flags == (frozenset({"cold"}),)
+    for levels in ((), (0.0,), (0.5, 0.4), (float("nan"),)):
+        with pytest.raises(ValueError, match="quantile levels"):
+            predictor.forecast(quantile_levels=levels)
+    for horizon in (0, -1, True, 10**9):
+        with pytest.raises(ValueError, match="horizon"):
+            predictor.forecast(horizon=horizon)
+
+
+def test_step_observes_and_forecasts_what_rows_came_for(predictor):
+    predictor.warm_up([make_series("a", 9), make_series("b", 9)])
+    forecast = predictor.step({"b": 3.0}, timestamp=stamp(9), horizon=4)
+    assert forecast.item_ids == ("b",)
+    assert forecast.start[0] == stamp(10)
+    assert predictor.last_report.accepted == 1
+
+
+def test_variates_of_one_step_may_come_apart_and_stream_equals_batch(model):
+    histories = [Series(f"s{i}", START, "h", walk(13 + i, i, 3), variates=("x", "y", "z")) for i in range(2)]
+    whole = StatefulPredictor(model, freq="h", variates=("x", "y", "z"))
+    apart = StatefulPredictor(model, freq="h", variates=("x", "y", "z"))
+    whole.warm_up(histories)
+    for one in histories:
+        for t, (x, y, z) in zip(one.timestamps, one.values.T.tolist(), strict=True):
+            apart.observe([(one.item_id, t, [x, None, None])])
+            report = apart.observe([(one.item_id, t, [None, y, z])])
+            if apart.head(one.item_id) % P:  # the last step of a patch closes it: its second half is late
+                assert report.accepted == 1
+            else:
+                assert report.late == 1
+    frame = pd.DataFrame({"item_id": "s0", "timestamp": [stamp(13)], "x": [1.0], "y": [np.nan], "z": [2.0]})
+    assert whole.observe(frame).accepted == 1
+    assert whole.verify(histories, origins=3).ok
+    assert whole.forecast(horizon=5).values.shape[:3] == (2, 3, 5)
+
+
+def test_known_features_of_the_user_stream_like_the_batch_and_may_be_lent_to_one_forecast(tmp_path):
+    model = make_model(user_features=2, static=(3,))
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=(2, 60)).astype(np.float32)
+    series = Series("a", START, "h", walk(41), known=known, static=(2,))
+    predictor = StatefulPredictor(model, freq="h")
+    assert predictor.verify(series).ok
+    predictor.warm_up(series.slice(0, 10))
+    streamed = StatefulPredictor(model, freq="h")
+    streamed.warm_up(series)
+    predictor.save(tmp_path)
+    restored = StatefulPredictor(model, freq="h")
+    restored.load(tmp_path)
+    for one in (predictor, restored):
+        for t in range(10, 41):
+            one.observe({"a": series.values[0, t]}, timestamp=stamp(t))
+    assert_same_forecasts(streamed, predictor)
+    assert digest(restored) == digest(predictor)
+    before, plain = digest(predictor), predictor.forecast(horizon=6).values
+    bare = StatefulPredictor(model, freq="h")
+    bare.observe(rows_of(make_series("a", 2 * P + 1)))
+    blind = bare.forecast(horizon=6).values
+    lent = bare.forecast(horizon=6, known={"a": np.ones((2, 30))}).values
+    assert not np.array_equal(blind, lent)
+    np.testing.assert_array_equal(bare.forecast(horizon=6).values, blind)
+    with pytest.raises(ValueError, match="known features"):
+        bare.forecast(known={"a": np.ones((3, 30))})
+    assert digest(predictor) == before
+    np.testing.assert_array_equal(predictor.forecast(horizon=6).values, plain)
+
+
+def test_ten_thousand_rows_of_one_step_are_one_call_of_the_model(model, monkeypatch):
+    predictor = StatefulPredictor(model, freq="h", max_series=300)
+    calls = []
+    real = Forecaster.forward
+
+    def counted(self, batch, state=None, *, read=None):
+        calls.append(batch.values.shape[0])
+        return real(self, batch, state, read=read)
+
+    monkeypatch.setattr(Forecaster, "forward", counted)
+    items = [f"s{i}" for i in range(300)]
+    for step in range(2 * P):
+        predictor.observe(dict.fromkeys(items, float(step)), timestamp=stamp(step))
+    assert calls == [300, 300]
+
+
+@pytest.mark.parametrize(("freq", "start"), [("MS", "2023-11-01"), ("B", "2024-02-27"), ("D", "2024-02-28T06:00")])
+def test_calendar_frequencies_keep_their_own_grid(freq, start):
+    model = make_model(freq=freq)
+    clock, start = Clock(freq), np.datetime64(start, "ns")
+    predictor = StatefulPredictor(model, freq=freq)
+    stamps = clock.timestamp(start, np.arange(14))
+    later = clock.timestamp(start, np.arange(5, 14))
+    predictor.observe([("a", t, float(i)) for i, t in enumerate(stamps)])
+    predictor.observe([("b", t, float(i)) for i, t in enumerate(later)])
+    assert predictor.observe([("a", stamps[-1] + np.timedelta64(1, "h"), 0.0)]).rejected == 1
+    forecast = predictor.forecast(horizon=3)
+    assert (forecast.start == clock.timestamp(start, 14)).all()
+    assert predictor.verify([Series("a", start, freq, walk(30))]).ok
+
+
+def test_a_folder_says_what_it_forecasts(model, tmp_path):
+    from tsgdn.model import artefact
+
+    artefact.save(model, tmp_path, series={"freq": "h", "calendar": True, "variates": ["target"], "horizon": 5})
+    predictor = StatefulPredictor.from_pretrained(tmp_path, device="cpu")
+    predictor.observe([("a", START, 1.0)])
+    assert predictor.forecast().values.shape[2] == 5
+    artefact.save(model, tmp_path, series={})
+    with pytest.raises(ValueError, match="give freq="):
+        StatefulPredictor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="calendar"):
+        StatefulPredictor(make_model(freq="YS"), freq="h")

@@ -1,0 +1,482 @@
+"""`tsgdn stream`: observations in, line by line, quantile forecasts out as JSON lines.
+
+A filter: data on stdin or in a file, forecasts on stdout, everything else on stderr. A wrong option, file or schema
+stops it before anything is applied; a wrong row is counted, named and set aside, and the stream goes on.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from tsgdn.cli.lines import Line, Parser, Row, read_lines
+
+UNREADABLE_LIMIT = 100
+LOG_LINES_PER_SECOND = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `tsgdn stream`."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a fitted model")
+    parser.add_argument("--source", default="-", metavar="-|FILE|replay:NAME", help="where observations come from (-)")
+    parser.add_argument("--format", choices=("auto", "jsonl", "csv"), default="auto", help="of the source (auto)")
+    parser.add_argument("--horizon", type=int, metavar="N", help="steps per forecast (the model's own)")
+    parser.add_argument("--quantiles", default=".1,.5,.9", metavar="LEVELS", help="comma-separated (.1,.5,.9)")
+    parser.add_argument(
+        "--emit",
+        choices=("touched", "patch", "none"),
+        default="touched",
+        help="forecast after each tick the series that rows came for, those that filled a patch, or none (touched)",
+    )
+    parser.add_argument(
+        "--tick",
+        default="auto",
+        metavar="N|Nms|auto",
+        help="rows or milliseconds that are taken in together; auto: until a series comes again, or input pauses",
+    )
+    parser.add_argument("--state", metavar="DIR", help="states are loaded from here if there are any, and saved here")
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="S", help="seconds between saves (60)")
+    parser.add_argument("--freq", help="step of the series, such as h or D (the model's own)")
+    parser.add_argument("--max-series", type=int, metavar="N", help="rows of further series are set aside")
+    parser.add_argument("--on-unknown", choices=("create", "reject"), default="create", help="series not seen before")
+    parser.add_argument("--dead-letter", metavar="FILE", help="rows set aside are added here, as JSON lines")
+    parser.add_argument("--strict", action="store_true", help="exit 2 if any row was set aside")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Streams until the source ends or a signal asks to stop; returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        return Stream(args, *_check(args, stack)).run()
+
+
+def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, ...]:
+    """All that can be wrong with the options, before anything is read; `stack` closes what this opens."""
+    from tsgdn.cli.main import Misuse
+
+    levels = _levels(args.quantiles)
+    tick = _tick(args.tick, args.emit)
+    if args.horizon is not None and not 1 <= args.horizon <= 100_000:
+        raise Misuse(f"--horizon is {args.horizon}, expected 1 to 100000 steps")
+    if not args.checkpoint_every > 0:
+        raise Misuse(f"--checkpoint-every is {args.checkpoint_every}, expected a positive number of seconds")
+    if args.max_series is not None and args.max_series < 1:
+        raise Misuse(f"--max-series is {args.max_series}, expected at least 1")
+    for name, value in (("--model", args.model), ("--state", args.state), ("--source", args.source)):
+        if value and "://" in value:
+            raise Misuse(f"{name} {value!r} is an address, expected a local path")
+    if args.source != "-" and not args.source.startswith("replay:"):
+        path = Path(args.source).expanduser()
+        if not path.exists() or path.is_dir():
+            raise Misuse(
+                f"--source {args.source}: {'is a folder' if path.is_dir() else 'no such file'}, expected a file"
+            )
+        if not os.access(path, os.R_OK):
+            raise Misuse(f"--source {args.source}: may not be read")
+    from tsgdn.streaming import snapshot
+    from tsgdn.streaming.predictor import StatefulPredictor
+
+    more = {name: getattr(args, name) for name in ("freq", "horizon", "max_series") if getattr(args, name) is not None}
+    try:
+        predictor = StatefulPredictor.from_pretrained(
+            Path(args.model).expanduser(), device=args.device, on_unknown=args.on_unknown, **more
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise Misuse(f"--model {args.model}: {error}") from None
+    if args.freq is not None:
+        from tsgdn.data.clock import Clock
+        from tsgdn.model.artefact import read_series_info
+
+        own = read_series_info(Path(args.model).expanduser()).get("freq")
+        if own is not None and Clock(own) != Clock(args.freq):
+            raise Misuse(f"--freq is {args.freq!r}, the model was fitted on {own!r}: leave the option out")
+    if args.state is not None:
+        folder = Path(args.state).expanduser()
+        stack.callback(os.close, _lock(folder))
+        if snapshot.exists(folder):
+            try:
+                predictor.load(folder)
+            except (ValueError, OSError) as error:
+                raise Misuse(f"--state {args.state}: {error}") from None
+    dead = None
+    if args.dead_letter is not None:
+        try:
+            dead = stack.enter_context(Path(args.dead_letter).expanduser().open("ab"))
+        except OSError as error:
+            raise Misuse(f"--dead-letter {args.dead_letter}: {error.strerror}") from None
+    source: Iterator[list[Line] | None]
+    if args.source.startswith("replay:"):
+        source = _replayed(args.source.removeprefix("replay:"), predictor)
+    elif args.source == "-":
+        source = read_lines(getattr(sys.stdin, "buffer", sys.stdin))  # pyright: ignore[reportArgumentType]
+    else:
+        source = read_lines(stack.enter_context(Path(args.source).expanduser().open("rb", buffering=0)))
+    return predictor, source, levels, tick, dead
+
+
+class Tick(NamedTuple):
+    """How many rows are taken in together; `apart`: no series twice."""
+
+    rows: int
+    seconds: float
+    apart: bool
+
+
+class Stream:
+    """One run of the filter."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        predictor: Any,
+        source: Iterator[list[Line] | None],
+        levels: tuple[float, ...],
+        tick: Tick,
+        dead: BinaryIO | None,
+    ) -> None:
+        self.args, self.predictor, self.source, self.levels, self.tick = args, predictor, source, levels, tick
+        self.dead = dead
+        self.out: Any = getattr(sys.stdout, "buffer", sys.stdout)
+        self.counts: Counter[str] = Counter()
+        self.codes: Counter[str] = Counter()
+        self.seq = 0
+        self.stopping = False
+        self.unreadable = 0
+        self.pending: dict[tuple[str, str], tuple[int, bytes]] = {}  # lines of rows that the predictor holds back
+        self.log_window, self.log_count, self.log_dropped = 0.0, 0, 0
+        replaying = args.source.startswith("replay:")
+        self.parser = Parser("rows" if replaying else args.format, predictor.variates)
+
+    def run(self) -> int:
+        """Reads, observes, forecasts; saves at the end, whatever ends it."""
+        from tsgdn.cli.main import Misuse
+
+        handlers = self._install_signals()
+        saved = time.monotonic()
+        began = time.monotonic()
+        batch: list[Row] = []
+        members: set[Any] = set()
+        deadline = None
+        try:
+            for lines in self.source:
+                now = time.monotonic()
+                for line in lines or ():
+                    row = self._row(line)
+                    if row is None:
+                        continue
+                    member = row.item_id if isinstance(row.item_id, str | int) else None
+                    if batch and self.tick.apart and member in members:
+                        self._observe(batch)
+                        batch, members = [], set()
+                    if not batch:
+                        deadline = time.monotonic() + self.tick.seconds
+                    batch.append(row)
+                    members.add(member)
+                    if len(batch) >= self.tick.rows:
+                        self._observe(batch)
+                        batch, members = [], set()
+                if batch and (deadline is None or now >= deadline or (lines is None and self.tick.apart)):
+                    self._observe(batch)
+                    batch, members = [], set()
+                if self.args.state is not None and now - saved >= self.args.checkpoint_every:
+                    self._save()
+                    saved = time.monotonic()
+                if self.stopping:
+                    break
+            self._observe(batch)
+        except BrokenPipeError:
+            self._silence_stdout()
+        except Misuse:
+            self._observe(batch)
+            raise
+        finally:
+            self._restore_signals(handlers)
+            if self.counts["rows"]:
+                self._save()
+            if self.counts["rows"] or sys.exc_info()[0] is None:
+                self._summary(time.monotonic() - began)
+        bad = self.counts["rejected"] + self.counts["late"] + self.counts["unreadable"]
+        return 2 if self.args.strict and bad else 0
+
+    # ---- in ---------------------------------------------------------------------------------------------------------
+
+    def _row(self, line: Line) -> Row | None:
+        """The row of a line; None for blank lines, headers and lines that were set aside."""
+        from tsgdn.cli.main import Misuse
+
+        self.counts["lines"] += 1
+        parsed = self.parser(line)
+        if parsed is None or isinstance(parsed, Row):
+            self.unreadable = 0 if parsed is not None else self.unreadable
+            return parsed
+        self.counts["unreadable"] += 1
+        self._set_aside(parsed.code, parsed.text, line.number, line.raw)
+        self.unreadable += 1
+        if self.unreadable >= UNREADABLE_LIMIT:
+            raise Misuse(
+                f"--source {self.args.source}: {UNREADABLE_LIMIT} unreadable lines in a row, the last is line "
+                f"{line.number} ({parsed.code}): is this {self.parser.format}?"
+            )
+        return None
+
+    def _observe(self, batch: list[Row]) -> None:
+        """Takes in a tick and forecasts."""
+        if not batch:
+            return
+        from tsgdn.streaming.rows import from_objects
+
+        predictor = self.predictor
+        ids = [row.item_id for row in batch]
+        stamps = [row.timestamp for row in batch]
+        rows = from_objects(ids, stamps, [row.values for row in batch], predictor.variates)
+        touched = dict.fromkeys(rows.item_ids)
+        heads = {item: predictor.head(item) if item in predictor else 0 for item in touched}
+        report = predictor.observe(rows)
+        self.counts["rows"] += len(batch)
+        for name in ("accepted", "missing", "duplicate", "late", "rejected", "gap"):
+            self.counts[name] += getattr(report, name)
+        for bad in report.set_aside:
+            if bad.row is None:  # held back by an earlier tick, until now
+                number, raw = self.pending.pop((bad.item_id, bad.timestamp), (0, b""))
+            else:
+                number, raw = batch[bad.row].line.number, batch[bad.row].line.raw
+            self._set_aside(bad.code, f"item {bad.item_id} at {bad.timestamp}: {bad.text}", number, raw)
+        self._note_held(batch, rows)
+        if self.args.emit == "none":
+            return
+        moved = [item for item in touched if item in predictor and predictor.head(item) > heads[item]]
+        if self.args.emit == "patch":
+            P = predictor.model.patch_size
+            moved = [item for item in moved if predictor.head(item) // P > heads[item] // P]
+        if moved:
+            self._emit(moved)
+
+    def _note_held(self, batch: list[Row], rows: Any) -> None:
+        """Keeps the raw lines of rows that the predictor holds back, so that none is lost when it drops them."""
+        held = self.predictor.held()
+        if not held and not self.pending:
+            return
+        for item, stamp, place in zip(rows.item_ids, rows.stamps, rows.places.tolist(), strict=True):
+            from tsgdn.data.clock import show
+
+            name = (item, show(stamp))
+            if name in held:
+                self.pending.setdefault(name, (batch[place].line.number, batch[place].line.raw))
+        self.pending = {name: raw for name, raw in self.pending.items() if name in held}
+
+    # ---- out --------------------------------------------------------------------------------------------------------
+
+    def _emit(self, items: list[str]) -> None:
+        import numpy as np
+        import orjson
+
+        predictor = self.predictor
+        forecast = predictor.forecast(items, quantile_levels=self.levels)
+        origins = predictor.clock.timestamp(forecast.start, -1)
+        names = [f"{level:g}" for level in self.levels]
+        lines = []
+        for b, item in enumerate(items):
+            origin, start = _iso(origins[b]), _iso(forecast.start[b])
+            values = forecast.values[b]
+            quantiles: Any = {name: np.ascontiguousarray(values[0, :, q]) for q, name in enumerate(names)}
+            if len(predictor.variates) > 1:
+                quantiles = {
+                    variate: {name: np.ascontiguousarray(values[v, :, q]) for q, name in enumerate(names)}
+                    for v, variate in enumerate(predictor.variates)
+                }
+            record = {
+                "id": forecast_id(item, origin, 0, predictor.fingerprint),
+                "item_id": item,
+                "origin": origin,
+                "start": start,
+                "freq": forecast.freq,
+                "quantiles": quantiles,
+                "flags": sorted(forecast.flags[b]),
+                "seq": self.seq,
+            }
+            self.seq += 1
+            lines.append(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+        self.out.write(b"".join(lines))
+        self.out.flush()
+        self.counts["forecasts"] += len(items)
+
+    def _set_aside(self, code: str, text: str, number: int, raw: bytes) -> None:
+        self.codes[code] += 1
+        if self.dead is not None:
+            shown = raw.decode("utf-8", "backslashreplace")
+            record = {"code": code, "text": text, "line": number, "raw": shown}
+            self.dead.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self.dead.flush()
+        now = time.monotonic()
+        if now - self.log_window >= 1:
+            self._tell_dropped()
+            self.log_window, self.log_count = now, 0
+        self.log_count += 1
+        if self.log_count <= LOG_LINES_PER_SECOND:
+            _log(f"line {number}: {code}: {text}")
+        else:
+            self.log_dropped += 1
+
+    def _tell_dropped(self) -> None:
+        if self.log_dropped:
+            _log(f"{self.log_dropped} more rows were set aside and not named here")
+            self.log_dropped = 0
+
+    def _save(self) -> None:
+        if self.args.state is not None:
+            self.predictor.save(Path(self.args.state).expanduser())
+
+    def _summary(self, seconds: float) -> None:
+        # rows that still wait for others to agree would be forgotten without a state folder
+        if self.args.state is None:
+            for (item, stamp), (number, raw) in self.pending.items():
+                text = f"item {item} at {stamp}: far ahead of its series, and the stream ended before others agreed"
+                self.counts["rejected"] += 1
+                self._set_aside("ts.jump", text, number, raw)
+            self.pending = {}
+        self._tell_dropped()
+        counts = self.counts
+        kinds = ", ".join(f"{code} {count}" for code, count in sorted(self.codes.items()))
+        parts = [
+            f"{counts[name]} {name}" for name in ("accepted", "missing", "duplicate", "late", "rejected", "unreadable")
+        ]
+        _log(
+            f"{counts['rows']} rows in {seconds:.1f} s: {', '.join(parts)}; {counts['gap']} absent steps, "
+            f"{len(self.predictor)} series, {counts['forecasts']} forecasts"
+            + (f"; set aside: {kinds}" if kinds else "")
+        )
+
+    def _silence_stdout(self) -> None:
+        """The reader is gone: nothing more can be said to it, and that is no error."""
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        except (OSError, ValueError, AttributeError, io.UnsupportedOperation):
+            pass
+
+    def _install_signals(self) -> dict[int, Any]:
+        def stop(number: int, frame: Any) -> None:
+            if self.stopping:
+                os._exit(130 if number == signal.SIGINT else 143)
+            self.stopping = True
+
+        try:
+            return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            return {}
+
+    def _restore_signals(self, handlers: dict[int, Any]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def forecast_id(item_id: str, origin: str, revision: int, model: str) -> str:
+    """The same for the same forecast, whoever makes it."""
+    key = json.dumps([item_id, origin, revision, model], ensure_ascii=False)
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _replayed(name: str, predictor: Any) -> Iterator[list[Any]]:
+    """The rows of a catalogued data set, a step of all its series at a time."""
+    from tsgdn.cli.main import Misuse
+    from tsgdn.data import catalog
+
+    try:
+        dataset = catalog.load(name) if len(predictor.variates) == 1 else catalog.load(name, multivariate=True)
+    except (LookupError, ValueError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise Misuse(f"--source replay:{name}: {text}") from None
+    wrong = [
+        one for one in dataset.series if one.clock != predictor.clock or len(one.variates) != len(predictor.variates)
+    ]
+    if wrong:
+        raise Misuse(
+            f"--source replay:{name}: series {wrong[0].item_id!r} has freq {wrong[0].freq!r} and "
+            f"{len(wrong[0].variates)} variates, the model takes {predictor.freq!r} and {len(predictor.variates)}"
+        )
+
+    def rows() -> Iterator[list[Any]]:
+        number = 0
+        longest = max(map(len, dataset.series), default=0)
+        for step in range(longest):
+            batch = []
+            for one in dataset.series:
+                if step < len(one):
+                    number += 1
+                    values = one.values[:, step].tolist()
+                    stamp = one.clock.timestamp(one.start, step)[()]
+                    raw = json.dumps([one.item_id, _iso(stamp), values]).encode()
+                    batch.append(Row(Line(number, raw), one.item_id, stamp, values[0] if len(values) == 1 else values))
+            yield batch
+
+    return rows()
+
+
+def _iso(stamp: Any) -> str:
+    import numpy as np
+
+    text = str(np.datetime64(stamp, "ns"))
+    return re.sub(r"\.?0+$", "", text) if "." in text else text
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    from tsgdn.cli.main import Misuse
+
+    try:
+        levels = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        levels = []
+    if not levels or not all(0 < level < 1 for level in levels):
+        raise Misuse(f"--quantiles is {text!r}, expected numbers between 0 and 1 such as .1,.5,.9")
+    return tuple(levels)
+
+
+def _tick(text: str, emit: str) -> Tick:
+    from tsgdn.cli.main import Misuse
+
+    if text == "auto":
+        return Tick(16_384, 0.05, emit != "none")
+    match = re.fullmatch(r"(\d+)(ms)?", text, re.ASCII)
+    if match is None or int(match[1]) < 1:
+        raise Misuse(f"--tick is {text!r}, expected rows such as 512, milliseconds such as 50ms, or auto")
+    if match[2]:
+        return Tick(65_536, int(match[1]) / 1000, False)
+    return Tick(int(match[1]), float("inf"), False)
+
+
+def _lock(folder: Path) -> int:
+    """Takes the folder for this process alone; the lock ends with it."""
+    import fcntl
+
+    from tsgdn.cli.main import Misuse
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Misuse(f"--state {folder}: {error.strerror}, expected a folder that may be written") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 100).decode("utf-8", "replace").strip()
+        os.close(descriptor)
+        raise Misuse(f"--state {folder} is in use by process {owner}: give each stream its own folder") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def _log(text: str) -> None:
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    print(f"tsgdn stream: {shown}", file=sys.stderr, flush=True)

@@ -1,0 +1,200 @@
+"""Where the states of many series live: one row per series in contiguous tensors, and the host's notes beside them.
+
+The only file that writes in place. Slots are handed out lowest first, so a young pool is dense and a tick over all of
+its series reads memory in order.
+"""
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsgdn.streamable import map_state, state_bytes, state_leaves
+
+Slots = np.ndarray  # int64, one per series
+
+
+class StatePool:
+    """Rows of state by slot.
+
+    Grows by whole slabs, each half of what is there, so nothing is copied and no peak appears. A new row is zero, which
+    means "nothing seen yet".
+
+    Args:
+        empty: makes the zero state of so many series.
+        first: slots of the first slab.
+    """
+
+    def __init__(self, empty: Callable[[int], Any], *, first: int = 64) -> None:
+        self._empty = empty
+        self._first = first
+        self._slabs: list[Any] = []
+        self._edges = np.zeros(1, np.int64)  # slab i holds the slots [edges[i], edges[i + 1])
+        self._free: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        """Slots there are, used or not."""
+        return int(self._edges[-1])
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of state per series; constant, whatever the length of its history."""
+        return state_bytes(self._slabs[0] if self._slabs else self._empty(1))
+
+    def allocate(self, count: int) -> Slots:
+        """Slots for new series, lowest first, all zeros."""
+        while len(self._free) < count:
+            size = max(self._first, self.capacity // 2, count - len(self._free))
+            self._slabs.append(self._empty(size))
+            for slot in range(self.capacity, self.capacity + size):
+                heapq.heappush(self._free, slot)
+            self._edges = np.append(self._edges, self.capacity + size)
+        return np.fromiter((heapq.heappop(self._free) for _ in range(count)), np.int64, count)
+
+    def release(self, slots: Slots) -> None:
+        """Takes slots back and forgets what was in them."""
+        self.clear(slots)
+        for slot in slots.tolist():
+            heapq.heappush(self._free, slot)
+
+    def clear(self, slots: Slots) -> None:
+        """Sets rows to "nothing seen yet"."""
+        for slab, _, rows in self._parts(slots):
+            map_state(lambda leaf, rows=rows: leaf.index_fill_(0, _index(leaf, rows), 0), slab)
+
+    def take(self, slots: Slots) -> Any:
+        """The states of these slots, in this order. May share memory with the pool: read it, do not write to it."""
+        parts = self._parts(slots)
+        if len(parts) == 1:
+            slab, _, rows = parts[0]
+            if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1)):
+                return map_state(lambda leaf: leaf.narrow(0, int(rows[0]), len(rows)), slab)
+            return map_state(lambda leaf: leaf.index_select(0, _index(leaf, rows)), slab)
+        whole = self._empty(len(slots))
+        for slab, places, rows in parts:
+            map_state(
+                lambda out, leaf, places=places, rows=rows: out.index_copy_(
+                    0, _index(out, places), leaf.index_select(0, _index(leaf, rows))
+                ),
+                whole,
+                slab,
+            )
+        return whole
+
+    def put(self, slots: Slots, state: Any) -> None:
+        """Writes the states of these slots, each named once."""
+        for slab, places, rows in self._parts(slots):
+
+            def write(leaf: Tensor, new: Tensor, places: np.ndarray = places, rows: np.ndarray = rows) -> Tensor:
+                if len(places) < len(slots):
+                    new = new.index_select(0, _index(new, places))
+                elif new.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
+                    new = new.clone()  # a leaf that the model handed through is still a view of the pool
+                return leaf.index_copy_(0, _index(leaf, rows), new.to(leaf.dtype))
+
+            map_state(write, slab, state)
+
+    def leaf_names(self) -> list[str]:
+        """The dotted names of a state's tensors."""
+        return [name for name, _ in state_leaves(self._slabs[0] if self._slabs else self._empty(1))]
+
+    def _parts(self, slots: Slots) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+        """Per slab that is touched: the slab, the places within `slots`, the rows within the slab."""
+        if len(slots) == 0:
+            return []
+        owner = np.searchsorted(self._edges, slots, side="right") - 1
+        first = int(owner[0])
+        if bool((owner == first).all()):
+            return [(self._slabs[first], np.arange(len(slots)), slots - self._edges[first])]
+        return [
+            (self._slabs[i], np.flatnonzero(owner == i), slots[owner == i] - self._edges[i])
+            for i in np.unique(owner).tolist()
+        ]
+
+
+def _index(leaf: Tensor, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows).to(leaf.device)
+
+
+class Ledger:
+    """What the host knows of each series without asking the model: its clock and its last cells.
+
+    `recent` is a ring: the cell of step s lies at s modulo its length of two patches. The steps from `applied` to
+    `head` are in the ring only; they reach the model when their patch is full, so that a row inside a patch costs no
+    model call.
+
+    Attributes:
+        start: timestamp of step 0, UTC.
+        grid: number of the time grid that `start` lies on.
+        offset: steps from the grid's origin to `start`.
+        head: steps seen, valued or not = the next step.
+        applied: steps that the model's state has taken in.
+        values: how many values were observed, over all variates.
+        recent: (slots, V, 2P) values, NaN where missing.
+        told: (slots, V, 2P) whether someone spoke for the cell, if only to say that it is missing.
+    """
+
+    FIELDS = ("start", "grid", "offset", "head", "applied", "values", "recent", "told")
+
+    def __init__(self, variates: int, ring: int) -> None:
+        self.ring = ring
+        self.start = np.zeros(0, "datetime64[ns]")
+        self.grid = np.zeros(0, np.int64)
+        self.offset = np.zeros(0, np.int64)
+        self.head = np.zeros(0, np.int64)
+        self.applied = np.zeros(0, np.int64)
+        self.values = np.zeros(0, np.int64)
+        self.recent = np.zeros((0, variates, ring), np.float64)
+        self.told = np.zeros((0, variates, ring), bool)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of notes per series."""
+        variates = self.recent.shape[1]
+        return 6 * 8 + variates * self.ring * 9
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for so many slots."""
+        for name in self.FIELDS:
+            old = getattr(self, name)
+            if len(old) < capacity:
+                new = np.zeros((capacity, *old.shape[1:]), old.dtype)
+                new[: len(old)] = old
+                setattr(self, name, new)
+
+    def clear(self, slots: Slots) -> None:
+        """Forgets the series at these slots."""
+        for name in self.FIELDS:
+            array = getattr(self, name)
+            array[slots] = np.zeros((), array.dtype)
+
+    def rows(self, slots: Slots) -> dict[str, np.ndarray]:
+        """The notes on these slots."""
+        return {name: getattr(self, name)[slots] for name in self.FIELDS}
+
+    def put(self, slots: Slots, rows: dict[str, np.ndarray]) -> None:
+        """Writes the notes on these slots."""
+        for name in self.FIELDS:
+            getattr(self, name)[slots] = rows[name]
+
+    def cells(self, slots: Slots, first: np.ndarray, steps: int) -> np.ndarray:
+        """The ring's values (B, V, steps) of the steps from `first` (B,) on; at most 2P of them."""
+        places = (first[:, None] + np.arange(steps)) % self.ring
+        return np.take_along_axis(self.recent[slots], places[:, None, :], axis=2)
+
+    def write(self, slots: Slots, steps: np.ndarray, values: np.ndarray, told: np.ndarray) -> None:
+        """Writes one cell column (B, V) per series at its step (B,)."""
+        places = steps % self.ring
+        self.recent[slots, :, places] = values
+        self.told[slots, :, places] = told
+
+    def write_run(self, slot: int, first: int, values: np.ndarray, told: np.ndarray) -> None:
+        """Writes consecutive cells (V, n) of one series from step `first` on; the last 2P remain."""
+        skip = max(0, values.shape[1] - self.ring)
+        places = np.arange(first + skip, first + values.shape[1]) % self.ring
+        self.recent[slot][:, places] = values[:, skip:]
+        self.told[slot][:, places] = told[:, skip:]
