@@ -169,6 +169,8 @@ class TrainCLI(LightningCLI):
                 tuple(f"data.{s}" for s in sources), f"model.model.{target}", compute_fn=_Rule(target)
             )
         parser.link_arguments("data.half_life", "model.model.half_life")
+        # univariate windows would leave the variate mixers without gradients, which distributed training refuses
+        parser.link_arguments("data.multivariate", "model.model.variate_every", compute_fn=_variate_every)
         parser.link_arguments("data.truncated_bptt", "model.truncated_bptt")
         for target in ("data.seed", "model.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
@@ -236,6 +238,11 @@ class _Rule:
 
     def __call__(self, *given: Any) -> Any:
         return resolve(*given)[self.target]
+
+
+def _variate_every(multivariate: bool) -> int:
+    """Every second block mixes variates, where there are several."""
+    return 2 if multivariate else 0
 
 
 def _seed(value: bool | int | None) -> int:
