@@ -33,11 +33,12 @@ test-gpu: $(STAMP) ## tests that need a CUDA device
 test-e2e: $(STAMP) ## the slow tests: whole fits, process groups, published numbers
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu" $(ARGS)
 
-lint: $(STAMP) ## ruff, format, types, import contracts
+lint: $(STAMP) ## ruff, format, types, import contracts, tables that fit their rows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --level error
+	$(BIN)/python experiments/render.py --check
 
 bench-smoke: $(STAMP) ## the accuracy benchmark on two training steps: it runs and writes its rows; needs TSGDN_DATA
 	rm -rf runs/bench-smoke
