@@ -128,6 +128,17 @@ def test_known_features_reach_beyond_the_window_and_are_nan_where_nobody_gave_th
     np.testing.assert_array_equal(batch.known[0, :-1].numpy(), calendar)
 
 
+def test_past_covariates_are_seen_and_not_scored() -> None:
+    series = make_series(variates=3, missing=0.0)
+    batch = Cutter([series], span=8, seasons=SEASONS, targets=1).batch([Cut(0, 10, 50)])
+    assert batch.target is not None
+    assert batch.target[:, 0].isfinite().all() and batch.target[:, 1:].isnan().all()
+    assert batch.observed.all()
+    np.testing.assert_array_equal(batch.values[0].numpy(), series.values[:, 10:50])
+    with pytest.raises(ValueError, match="targets is 4"):
+        Cutter([series], span=8, seasons=SEASONS, targets=4)
+
+
 def test_series_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(ValueError, match="share variates"):
         Cutter([make_series(30, 1), make_series(30, 2)], span=8, seasons=(1,))

@@ -127,6 +127,7 @@ class ForecastDataModule(LightningDataModule):
         validation_windows: horizons held out at the end of the training part of each series, at most a tenth of it;
             null = as the evaluation cell has it, at most 20.
         multivariate: one series of all variates instead of one per variate.
+        targets: leading variates that are forecast, the rest ride along as past covariates; null = all.
         truncated_bptt: consecutive segments instead of random windows, for a state that is carried along.
         num_workers: processes that cut windows; the batches do not depend on it.
         seed: of the windows.
@@ -147,6 +148,7 @@ class ForecastDataModule(LightningDataModule):
         steps_per_epoch: int = 100,
         validation_windows: int | None = None,
         multivariate: bool = False,
+        targets: int | None = None,
         truncated_bptt: bool = False,
         num_workers: int = 0,
         seed: int = 0,
@@ -158,7 +160,7 @@ class ForecastDataModule(LightningDataModule):
         self.validation_windows, self.truncated_bptt = validation_windows, truncated_bptt
         self.num_workers, self.seed, self.half_life = num_workers, seed, half_life
         self._options = {"patch_size": patch_size, "patches_ahead": patches_ahead, "seasons": seasons}
-        self._horizon, self._calendar = horizon, calendar
+        self._horizon, self._calendar, self._targets = horizon, calendar, targets
         self._ready = False
 
     @property
@@ -184,6 +186,7 @@ class ForecastDataModule(LightningDataModule):
             "seasons": shape["seasons"],
             "calendar": shape["calendar"],
             "half_life": self.half_life,
+            "targets": self._targets,
         }
         self.instances: Sequence[tuple[Series, np.ndarray]] = []
         if self.given is None:
@@ -206,6 +209,7 @@ class ForecastDataModule(LightningDataModule):
             "horizon": self.horizon,
             "seasonality": int(seasonality),
             "variates": list(whole[0].variates),
+            "targets": self._targets or len(whole[0].variates),
             "known": shape["known_features"],
         }
         self._ready = True

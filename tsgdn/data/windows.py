@@ -133,6 +133,10 @@ class Cutter:
         seasons: of the seasonal memory.
         calendar: calendar features come first in `known`.
         half_life: of the scaling.
+        targets: leading variates that are forecast; the others are seen but never scored (past covariates). None = all.
+
+    Raises:
+        ValueError: no series, series that do not fit together, or more targets than variates.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class Cutter:
         seasons: Sequence[int],
         calendar: bool = False,
         half_life: float | None = None,
+        targets: int | None = None,
     ):
         if not series:
             raise ValueError("there is no series to cut windows from; give at least one")
@@ -155,6 +160,9 @@ class Cutter:
         self.series = list(series)
         self.span, self.seasons, self.half_life = span, tuple(seasons), half_life
         ((self.variates, freq, user_known, self.n_static),) = shapes
+        if targets is not None and not 1 <= targets <= self.variates:
+            raise ValueError(f"targets is {targets}; the series have {self.variates} variates, of which at least 1 is one")
+        self.targets = targets
         self.clock = Clock(freq) if calendar else None
         self.known_features = (self.clock.calendar_size if self.clock else 0) + user_known
         self._statistics: dict[int, SeriesStatistics] = {}
@@ -205,6 +213,8 @@ class Cutter:
         values = np.where(np.isfinite(target), target, 0.0)
         for b, cut in enumerate(cuts):
             target[b, :, : max(0, cut.scored - cut.start)] = np.nan
+        if self.targets is not None:
+            target[:, self.targets :] = np.nan
         history = None
         if past:
             pasts = [

@@ -60,7 +60,7 @@ class Task(Protocol):
         """The protocol's m, of MASE and of the seasonal naive."""
         ...
 
-    def split(self) -> tuple[list[Series], list[tuple[Series, np.ndarray]]]:
+    def split(self) -> tuple[list[Series], Sequence[tuple[Series, np.ndarray]]]:
         """Training series, then (context, label (V, H)) per window."""
         ...
 

@@ -35,6 +35,7 @@ class Embedding(nn.Module):
         self.first = nn.Linear(features, 2 * width)
         self.second = nn.Linear(2 * width, width)
         self.direct = nn.Linear(features, width, bias=False)
+        self.categories = tuple(static_cardinalities)
         # one row more than categories: 0 is "unknown", as is any category not seen in training
         self.static = nn.ModuleList(nn.Embedding(size + 1, width) for size in static_cardinalities)
         for table in self.static:
@@ -100,10 +101,10 @@ class Embedding(nn.Module):
             ],
             -1,
         )
-        token = self.direct(x) + self.second(nn.functional.silu(self.first(x)))
+        # float32 also under autocast: the residual stream starts here
+        token = (self.direct(x) + self.second(nn.functional.silu(self.first(x)))).to(dtype)
         for i, table in enumerate(self.static):
             category = static[:, i]
-            size = table.num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
-            category = torch.where((category > 0) & (category < size), category, 0)
+            category = torch.where((category > 0) & (category <= self.categories[i]), category, 0)
             token = token + table(category)[:, None, None]
         return token
