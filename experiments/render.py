@@ -41,6 +41,9 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 def matching(lines: Iterable[dict[str, str]], where: str) -> list[dict[str, str]]:
     """Lines that meet every condition `column:a|b`."""
+    odd = [c for c in where.split(",") if c and ":" not in c]
+    if odd:
+        raise ValueError(f"where={where}: {odd} is no condition; write column:value|value")
     conditions = [(c.split(":", 1)[0], set(c.split(":", 1)[1].split("|"))) for c in where.split(",") if c]
     return [line for line in lines if all(line[column] in allowed for column, allowed in conditions)]
 
