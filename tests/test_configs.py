@@ -129,18 +129,25 @@ def test_a_run_leaves_a_log_checkpoints_and_a_model_and_keeps_stdout_for_data(
     assert tsgdn(["verify", "--model", "again", "--steps", "40", "--series", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ok"]
 
-    with pytest.raises(ValueError, match="width"):
-        main(
-            [
-                "test",
-                "--config",
-                str(version / "config.yaml"),
-                "--ckpt_path",
-                str(checkpoint),
-                "--model.model.width",
-                "8",
-            ]
-        )
+    config, written = str(version / "config.yaml"), sorted(tmp_path.rglob("*"))
+    for command in ("fit", "test"):
+        with pytest.raises(Misuse, match="differs from the configured one in width"):
+            main([command, "--config", config, "--ckpt_path", str(checkpoint), "--model.model.width", "8"])
+    for command, path in (("predict", config), ("fit", config), ("test", "y.ckpt")):
+        with pytest.raises(Misuse, match=f"{path}"):
+            main([command, "--config", config, "--ckpt_path", path])
+    assert sorted(tmp_path.rglob("*")) == written
+
+
+@pytest.mark.parametrize("options", [(), ("--ckpt_path", "best")])
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_model_that_nobody_fitted_is_not_scored(
+    command: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Misuse, match=f"`tsgdn {command}` needs --ckpt_path FILE"):
+        run(command, *options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -151,6 +158,13 @@ def test_a_run_leaves_a_log_checkpoints_and_a_model_and_keeps_stdout_for_data(
         (["--model.model.widht", "8"], "did you mean --model.model.width"),
         (["--model.model.width", "wide"], "model.model.width"),
         (["--model.model.mixer", "gated_deltanets"], "gated_deltanet"),
+        (["--trainer.accelerator", "mps"], "MPSAccelerator"),
+        (["--trainer.max_epochs", "-1"], "give --trainer.max_epochs"),
+        (["--data.targets", "2"], "targets is 2"),
+        (["--data.horizon", "0"], "horizon is 0, expected at least 1"),
+        (["--data.batch_size", "0"], "batch_size is 0, expected at least 1"),
+        (["--model.loss_tokens", "0"], "loss_tokens is 0"),
+        (["--data.validation_windows", "0"], "EarlyStopping and ModelCheckpoint watch val_loss"),
     ],
 )
 def test_misuse_is_one_line_and_nothing_is_written(

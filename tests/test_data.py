@@ -6,8 +6,11 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import narwhals as nw
@@ -18,6 +21,7 @@ import pyarrow as pa
 import pytest
 
 from tsgdn.cli import data as cli
+from tsgdn.cli.main import Misuse
 from tsgdn.data import catalog, frames, regimes, sources
 from tsgdn.data.clock import Clock, parse
 from tsgdn.data.gluonts import evaluation_data, from_gluonts, period_freq, to_gluonts
@@ -69,6 +73,24 @@ def test_clock_rounds_stamps_off_the_grid_down_and_says_so(freq):
         steps, on_grid = clock.steps(stamps[0], shifted)
         np.testing.assert_array_equal(steps, np.arange(49))
         assert not on_grid.any()
+
+
+@pytest.mark.parametrize("freq", FREQS)
+def test_a_single_stamp_is_as_good_as_many(freq):
+    clock = Clock(freq)
+    stamps = pd.date_range("2024-01-30", periods=9, freq=freq).to_numpy().astype("M8[ns]")
+    assert clock.timestamp(stamps[0], 8) == stamps[8]
+    step, on_grid = clock.steps(stamps[0], stamps[8])
+    assert (int(step), bool(on_grid)) == (8, True)
+
+
+@pytest.mark.parametrize("freq", ["YS", "QE", "MS", "B", "W", "D", "h", "s"])
+def test_a_step_that_no_timestamp_can_tell_is_refused_and_does_not_wrap_around(freq):
+    start = pd.date_range("2024-01-01", periods=1, freq=freq)[0].to_datetime64()
+    for far in (10**12, -(10**12), np.array([0, 1, 10**12])):
+        with pytest.raises(ValueError, match="outside the years 1679 to 2261"):
+            Clock(freq).timestamp(start, far)
+    assert Clock("YS").timestamp(np.datetime64("2024-01-01"), 200) == np.datetime64("2224-01-01")
 
 
 def test_period_aliases_count_from_the_first_day_as_periods_do():
@@ -198,6 +220,8 @@ def test_series_refuse_wrong_shapes_and_infinite_values():
         Series("a", start, "D", np.array([[0, np.inf, 1]]))
     with pytest.raises(ValueError, match="at least 3 steps"):
         Series("a", start, "D", np.zeros((1, 3)), known=np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="'a': infinite known feature at step 3"):
+        Series("a", start, "D", np.zeros((1, 3)), known=np.array([[0, 1, np.nan, -np.inf]]))
 
 
 # Frames
@@ -247,6 +271,26 @@ def test_every_frame_and_dialect_gives_the_same_series():
         _assert_same(frames.to_series(data, freq="D"), want)
 
 
+def test_stamps_with_an_offset_keep_their_moment_whatever_zone_the_others_are_in():
+    west = timezone(timedelta(hours=-5))
+    rows = [{"timestamp": datetime(2024, 1, 1, h, tzinfo=west), "target": 1.0} for h in (19, 20)]
+    texts = [{**row, "timestamp": row["timestamp"].isoformat()} for row in rows]
+    naive = [{**row, "timestamp": row["timestamp"].replace(tzinfo=None)} for row in rows]
+    for tz in (None, "Asia/Tokyo"):
+        assert frames.to_series(rows, freq="h", tz=tz)[0].start == np.datetime64("2024-01-02T00")
+        assert frames.to_series(texts, freq="h", tz=tz)[0].start == np.datetime64("2024-01-02T00")
+    assert frames.to_series(naive, freq="h", tz="Asia/Tokyo")[0].start == np.datetime64("2024-01-01T10")
+    with pytest.raises(ValueError, match="mixes timestamps with and without a UTC offset"):
+        frames.to_series([rows[0], naive[1]], freq="h")
+
+
+def test_categories_of_gluonts_move_up_by_one_since_zero_is_unknown():
+    entry = {"start": pd.Period("2024-01-01", "D"), "target": [1.0, 2.0], "feat_static_cat": [0, 3]}
+    (series,) = frames.to_series([entry], freq="D")
+    assert series.static == (1, 4)
+    np.testing.assert_array_equal(to_gluonts([series])[0]["feat_static_cat"], [0, 3])
+
+
 def test_wide_frames_have_a_column_per_variate_and_known_columns_reach_beyond_the_target():
     stamps = pd.date_range("2024-01-01", periods=6, freq="h")
     rows = pd.DataFrame(
@@ -291,6 +335,8 @@ def test_missing_steps_become_nan_also_nulls():
         (lambda r: r.assign(timestamp="soon"), "'soon' is no ISO 8601 timestamp"),
         (lambda r: r.drop(columns="target"), "column 'target' is missing; the frame has item_id, timestamp"),
         (lambda r: r.drop(columns="timestamp"), "no time column among item_id, target"),
+        (lambda r: r.assign(item_id=pd.array(["b", None, *"bbbaaaaa"], "string")), "row 1 has no item id"),
+        (lambda r: {"timestamp": list(r.timestamp), "target": [1.0]}, "'target' has 1 rows, 'timestamp' has 10"),
         (lambda r: 5, "data of type int is no frame"),
     ],
 )  # fmt: skip
@@ -367,6 +413,24 @@ def test_simulated_series_are_seasonal_coupled_and_have_gaps_and_regimes():
             regimes.simulate(**kwargs)
 
 
+@pytest.mark.parametrize("freq", ["QS-DEC", "QE-FEB", "YS-SEP", "YE", "ME", "MS", "B", "W-WED", "h"])
+def test_simulation_starts_on_the_grid_of_any_frequency_and_may_be_short(freq):
+    long, short = (regimes.simulate(freq=freq, series=1, steps=steps)[0] for steps in (40, 3))
+    assert long.clock.on_grid(long.start)
+    np.testing.assert_array_equal(long.values[:, :3], short.values)
+
+
+def test_a_simulation_longer_than_time_is_refused(capsys):
+    with pytest.raises(Misuse, match="outside the years 1679 to 2261"):
+        _run("simulate", "seasonal", "--freq", "YS", "--steps", "2000")
+
+
+def test_simulated_milliseconds_are_written_as_such(capsys):
+    assert _run("simulate", "seasonal", "--freq", "100ms", "--steps", "3", "--series", "1") == 0
+    stamps = [line.split(",")[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert stamps == ["2020-01-06T00:00:00.000Z", "2020-01-06T00:00:00.100Z", "2020-01-06T00:00:00.200Z"]
+
+
 def test_the_embedded_set_is_what_the_command_writes(tmp_path):
     path = tmp_path / "again.csv"
     assert _run("simulate", "seasonal", "--seed", "0", "--series", "4", "--steps", "1000", "--out", str(path)) == 0
@@ -406,6 +470,15 @@ def test_entries_and_tasks_are_complete_and_fit_each_other():
             assert (length if isinstance(length, int) else length[0]) + task.first_origin >= 1
     for name in ("exchange_rate", "m4_weekly", "m1_monthly", "nyc_taxi_od", "gefcom2012_load", "nn5_daily", "los_loop"):
         assert not catalog.entry(name).calendar
+
+
+def test_a_licence_that_was_written_from_memory_is_marked_as_such(capsys):
+    assert all(catalog.entry(name).licence_basis for name in catalog.names())
+    lines = {line.split("`")[1]: line for line in catalog.table().splitlines() if line.startswith("| `")}
+    assert "(recalled)" in lines["bike_sharing"]
+    assert "recalled" in catalog.entry("bike_sharing").licence_basis
+    assert _run("describe", "bike_sharing") == 0
+    assert catalog.entry("bike_sharing").licence_basis in capsys.readouterr().out
 
 
 def test_published_protocols_of_the_entries_are_the_tasks():
@@ -621,6 +694,28 @@ def test_get_deletes_a_file_with_a_wrong_hash_and_says_so(toy, text):
     assert not [path for path in catalog.cache_folder().rglob("*") if path.is_file()]
 
 
+def test_get_takes_half_an_answer_for_a_broken_connection(toy):
+    """A chunked answer that ends early is no OSError in Python."""
+    _, entry, monkeypatch = toy
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/toy.tsf"
+        other = dataclasses.replace(entry, source={**entry.source, "url": url})
+        monkeypatch.setattr(catalog, "entry", lambda name: other)
+        with pytest.raises(catalog.DataNotFound, match="could not download"):
+            catalog.get("toy", stream=io.StringIO())
+        thread.join()
+    assert not [path for path in catalog.cache_folder().rglob("*") if path.is_file()]
+
+
 def test_get_refuses_values_that_differ_from_the_catalogue(toy):
     _, entry, monkeypatch = toy
     other = dataclasses.replace(entry, file={"content": "0" * 64})
@@ -677,7 +772,7 @@ def test_series_survive_the_way_to_gluonts_and_back():
     for freq, start in starts.items():
         series = [Series("a", np.datetime64(start), freq, np.array([[1.0, np.nan, 3]]))]
         _assert_same(from_gluonts(to_gluonts(series)), series)
-    assert period_freq("QE-NOV") == "Q"
+    assert (period_freq("QE-NOV"), period_freq("QS-OCT"), period_freq("2ME")) == ("Q-NOV", "Q", "2M")
     wide = [Series("a", np.datetime64("2024-01-01"), "D", np.ones((2, 5)), np.ones((3, 7)), (4,), ("x", "y"))]
     (back,) = from_gluonts(to_gluonts(wide, one_dim=False))
     assert (back.values.shape, back.known.shape, back.static) == ((2, 5), (3, 7), (4,))

@@ -228,6 +228,58 @@ def test_an_estimator_trains_a_predictor_and_leaves_its_arguments_alone(tmp_path
     assert first.series["freq"] == "h"
 
 
+def test_the_weights_that_are_kept_are_the_averaged_ones_that_were_validated():
+    from lightning.pytorch.callbacks import Callback
+
+    class Validated(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.seen.append({name: value.clone() for name, value in pl_module.model.state_dict().items()})
+
+    data = [daily_wave(300, f"i{i}", i) for i in range(3)]
+    train = [{**entry, "target": entry["target"][:-36]} for entry in data]
+    watcher = Validated()
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "num_sanity_val_steps": 0, "callbacks": [watcher]}
+    kept = small_estimator(max_steps=6, trainer_kwargs=quiet).train_model(train, data).predictor.model.state_dict()
+    (validated,) = watcher.seen
+    for name, value in validated.items():
+        assert torch.equal(kept[name], value), name
+
+
+def test_callbacks_may_be_none_or_keep_checkpoints_without_validation_data(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False}
+    data = [daily_wave(200, "a")]
+    small_estimator(max_steps=1, trainer_kwargs={**quiet, "callbacks": None}).train(data)
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="mine")
+    small_estimator(max_steps=1, trainer_kwargs={**quiet, "callbacks": [saver]}).train(data)
+    assert (tmp_path / "mine.ckpt").is_file()
+
+
+def test_entries_without_a_name_are_validated_beyond_their_own_training_part():
+    data = [{**daily_wave(n, None), "item_id": None} for n in (300, 200)]
+    train = [{**entry, "target": entry["target"][:-n]} for entry, n in zip(data, (36, 24), strict=True)]
+    trainer = small_estimator(max_steps=1).train_model(train, data).trainer
+    assert trainer.datamodule._validated_from == [264, 176]
+
+
+def test_a_category_beyond_the_cardinality_is_refused_by_name():
+    entry = {**daily_wave(200, "a"), "feat_static_cat": np.array([3])}
+    with pytest.raises(ValueError, match="item a: category 3 in feat_static_cat, cardinality 3 has 0 to 2"):
+        small_estimator(cardinality=[3]).train([entry])
+
+
+def test_the_largest_category_counts_as_in_a_stream():
+    model = small_model(static_cardinalities=(3,))
+    series = [make_series(60, static=(c,)) for c in (0, 3, 4)]
+    unknown, largest, beyond = ModelPredictor(model).predict(series, 12, (0.5,))
+    assert (np.abs(largest - unknown) > 1e-6).all()
+    np.testing.assert_allclose(beyond, unknown, rtol=1e-12)
+
+
 def test_validation_data_chooses_the_weights_and_training_can_go_on():
     data = [daily_wave(300, f"i{i}", i) for i in range(3)]
     train = [{**entry, "target": entry["target"][:-36]} for entry in data]
@@ -248,7 +300,7 @@ def test_categories_and_known_features_reach_the_model():
         data.append({**entry, "feat_static_cat": np.array([i]), "feat_dynamic_real": known})
     estimator = small_estimator(cardinality=[3], num_feat_dynamic_real=2, max_steps=3)
     predictor = estimator.train(data)
-    assert predictor.model.config["static_cardinalities"] == [4]
+    assert predictor.model.config["static_cardinalities"] == [3]
     assert predictor.model.known_features == clock("h").calendar_size + 2
     (plain,) = predictor.predict(data[:1])
     (other,) = predictor.predict([{**data[0], "feat_dynamic_real": -data[0]["feat_dynamic_real"]}])

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tsgdn.data.module import ForecastDataModule
+from tsgdn.adapters.predictor import ModelPredictor
+from tsgdn.data.module import ForecastDataModule, resolve
 from tsgdn.data.series import Series
 from tsgdn.data.windows import Segments
 from tsgdn.model.forecaster import Forecaster
@@ -266,6 +267,59 @@ def test_validation_scores_the_end_of_the_training_part_and_training_never_sees_
 def test_series_too_short_for_a_validation_are_told() -> None:
     with pytest.raises(ValueError, match="validation_windows: 0"):
         make_data(series=make_series(1, 12)).setup()
+    # a horizon of 2 leaves two patches of 4 before it
+    with pytest.raises(ValueError, match=r"the 10 steps that a validation of horizon 2 takes \(the longest has 9\)"):
+        make_data(series=make_series(2, 9), horizon=2).setup()
+    make_data(series=make_series(2, 10), horizon=2).setup()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"batch_size": 0},
+        {"window_patches": 1},
+        {"steps_per_epoch": 0},
+        {"validation_windows": -1},
+        {"num_workers": -1},
+        {"seed": -1},
+    ],
+)
+def test_sizes_that_nothing_can_be_cut_with_are_refused_by_name(option: dict[str, int]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected at least"):
+        make_data(**option)
+
+
+@pytest.mark.parametrize("option", [{"horizon": 0}, {"patch_size": 0}, {"patches_ahead": -1}])
+def test_zero_is_not_taken_for_nothing_said(option: dict[str, int]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected at least 1"):
+        resolve("simulated", **option)
+
+
+@pytest.mark.parametrize("option", [{"lr": -1.0}, {"loss_tokens": 0}, {"close_share": 0.8}, {"warmup": 2.0}])
+def test_numbers_of_a_training_outside_their_range_are_refused_by_name(option: dict[str, float]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected a number from"):
+        make_module(**option)
+
+
+def test_predictions_beyond_the_direct_steps_are_those_of_the_evaluation() -> None:
+    options: dict[str, Any] = {"patches_ahead": 1, "seasons": [1, 24]}
+    data = ForecastDataModule("simulated", batch_size=3, **options)
+    data.setup()
+    shape = resolve("simulated", **options)
+    assert shape["patch_size"] < shape["horizon"]  # so a forecast is rolled out, on known features
+    torch.manual_seed(0)
+    sizes = {name: shape[name] for name in ("patch_size", "patches_ahead", "seasons", "known_features")}
+    module = ForecastModule(Forecaster(**sizes, width=16, depth=1, variate_every=0).eval())
+    module.series_info = data.series_info
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        got = module.predict_step(next(iter(data.predict_dataloader())), 0).numpy()
+    want = ModelPredictor(module.model, calendar=True).predict(data.predicted[:3], 24, module.model.quantile_levels)
+    np.testing.assert_allclose(got, np.stack(want), rtol=1e-4, atol=1e-4)
 
 
 def test_two_processes_train_on_different_windows_and_agree_on_the_weights(tmp_path: Path) -> None:

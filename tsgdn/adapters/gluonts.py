@@ -19,11 +19,11 @@ from gluonts.model.predictor import Predictor
 from gluonts.torch.model.estimator import PyTorchLightningEstimator, TrainOutput
 from gluonts.transform import Identity
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from tsgdn.adapters.predictor import ModelPredictor
 from tsgdn.data.clock import clock
-from tsgdn.data.frames import to_series
+from tsgdn.data.gluonts import entry_series, first_day_freq, period, series_entry
 from tsgdn.data.module import ForecastDataModule
 from tsgdn.data.series import Series
 from tsgdn.evaluation.metrics import level_weights
@@ -34,50 +34,6 @@ from tsgdn.types import QUANTILE_LEVELS
 
 Entry = dict[str, Any]  # of a GluonTS data set: `start`, `target`, ...
 BUFFER = 1 << 24  # target values gathered before a forecast: windows of one series are then read once
-PERIODS = {"MS": "M", "ME": "M", "QS": "Q", "QE": "Q", "YS": "Y", "YE": "Y"}
-
-
-def entry_series(entry: Entry, freq: str | None = None) -> Series:
-    """A GluonTS entry as a series; categories move up by one, since 0 is "unknown" here.
-
-    Args:
-        entry: `start`, `target`, maybe `item_id`, `feat_dynamic_real`, `feat_static_cat`.
-        freq: None = that of the `start` period.
-    """
-    (series,) = to_series([entry], freq=by_start(freq or entry["start"].freqstr))
-    return replace(series, static=tuple(c + 1 for c in series.static))
-
-
-def by_start(freq: str) -> str:
-    """The frequency of a period's first day: GluonTS knows months, quarters and years as periods, not by their ends."""
-    name = clock(freq).freq.lstrip("0123456789").partition("-")[0]
-    return clock(freq).freq.partition("-")[0].replace("E", "S") if name in ("ME", "QE", "YE") else clock(freq).freq
-
-
-def series_entry(series: Series) -> dict[str, Any]:
-    """A series as a GluonTS entry, the target as it is (float64); 1-D where there is one variate."""
-    target = series.values[0] if len(series.values) == 1 else series.values
-    entry = {"item_id": series.item_id, "start": period(series.start, series.freq), "target": target}
-    if series.known is not None:
-        entry["feat_dynamic_real"] = series.known
-    if series.static:
-        entry["feat_static_cat"] = np.array(series.static) - 1
-    return entry
-
-
-def period(start: np.datetime64, freq: str) -> pd.Period:
-    """The pandas Period that begins (weeks, ends of months: ends) at `start`."""
-    name, _, anchor = freq.lstrip("0123456789").partition("-")
-    multiple = freq[: len(freq) - len(freq.lstrip("0123456789"))]
-    if name in ("QE", "YE") and anchor:  # the month in which a period of ours ends is the anchor's name there too
-        alias = f"{PERIODS[name]}-{anchor}"
-    elif name in PERIODS:
-        alias = PERIODS[name]
-    else:
-        alias = freq[len(multiple) :]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # pandas warns of business-day periods, which GluonTS uses
-        return pd.Period(pd.Timestamp(start), freq=multiple + alias)  # pyright: ignore[reportReturnType]  (not NaT)
 
 
 @dataclass(frozen=True)
@@ -276,7 +232,7 @@ class GDNEstimator(PyTorchLightningEstimator):
             seed: of weights, windows and dropout.
         """
         super().__init__(trainer_kwargs=dict(trainer_kwargs or {}))
-        self.prediction_length, self.freq = prediction_length, by_start(freq)
+        self.prediction_length, self.freq = prediction_length, first_day_freq(freq)
         self.mixer, self.mixer_args, self.width, self.depth = mixer, dict(mixer_args or {}), width, depth
         self.max_steps, self.lr, self.batch_size, self.dropout = max_steps, lr, batch_size, dropout
         self.calendar, self.cardinality = calendar, tuple(cardinality)
@@ -306,9 +262,12 @@ class GDNEstimator(PyTorchLightningEstimator):
             cache_data: of other estimators, ignored: the series are in memory anyway.
             ckpt_path: checkpoint to resume from.
             **kwargs: of other estimators, ignored.
+
+        Raises:
+            ValueError: entries with other features than were asked for.
         """
-        series = [self._series(entry) for entry in training_data]
-        validation = None if validation_data is None else [self._series(entry) for entry in validation_data]
+        series = self._series(training_data)
+        validation = None if validation_data is None else self._series(validation_data)
         data = _Windows(
             validation,
             series=series,
@@ -323,8 +282,9 @@ class GDNEstimator(PyTorchLightningEstimator):
             module.model.load_state_dict(from_predictor.model.state_dict())
         with tempfile.TemporaryDirectory() as scratch:
             given = dict(self.trainer_kwargs)
-            callbacks = [AveragedWeights(), *given.pop("callbacks", [])]
-            best = ModelCheckpoint(scratch, monitor="val_loss", save_weights_only=True)
+            callbacks = [AveragedWeights(), *(given.pop("callbacks", None) or [])]
+            # not save_weights_only: such a checkpoint has the last weights, not the averaged ones that were validated
+            best = ModelCheckpoint(scratch, monitor="val_loss")
             if validation:
                 callbacks.append(best)
             defaults = {
@@ -334,7 +294,7 @@ class GDNEstimator(PyTorchLightningEstimator):
                 "gradient_clip_val": 1.0,
                 "logger": False,
                 "enable_model_summary": False,
-                "enable_checkpointing": bool(validation),
+                "enable_checkpointing": any(isinstance(one, Checkpoint) for one in callbacks),
                 **({} if validation else {"limit_val_batches": 0}),
                 "default_root_dir": scratch,
             }
@@ -359,9 +319,13 @@ class GDNEstimator(PyTorchLightningEstimator):
         output = self.train_model(training_data, validation_data, predictor, ckpt_path=ckpt_path)
         return output.predictor  # pyright: ignore[reportReturnType]
 
-    def _series(self, entry: Entry) -> Series:
-        """An entry with the features that were asked for, and only these."""
-        series = entry_series(entry, self.freq)
+    def _series(self, entries: Iterable[Entry]) -> list[Series]:
+        """The entries as series, those without a name named by their place: that of validation is that of training."""
+        named = (e if e.get("item_id") is not None else {**e, "item_id": i} for i, e in enumerate(entries))
+        return [self._fitting(entry_series(entry, self.freq)) for entry in named]
+
+    def _fitting(self, series: Series) -> Series:
+        """The series with the features that were asked for, and only these."""
         given = 0 if series.known is None else len(series.known)
         if self.num_feat_dynamic_real and given != self.num_feat_dynamic_real:
             raise ValueError(
@@ -373,6 +337,12 @@ class GDNEstimator(PyTorchLightningEstimator):
                 f"item {series.item_id}: {len(series.static)} categories in feat_static_cat, cardinality has "
                 f"{len(self.cardinality)}; give as many"
             )
+        for category, size in zip(series.static, self.cardinality, strict=False):
+            if not 1 <= category <= size:
+                raise ValueError(
+                    f"item {series.item_id}: category {category - 1} in feat_static_cat, cardinality {size} has 0 to "
+                    f"{size - 1}; give a larger cardinality"
+                )
         known = series.known if self.num_feat_dynamic_real else None
         return replace(series, known=known, static=series.static if self.cardinality else ())
 
@@ -384,7 +354,7 @@ class GDNEstimator(PyTorchLightningEstimator):
                 patches_ahead=shape["patches_ahead"],
                 seasons=shape["seasons"],
                 known_features=shape["known_features"],
-                static_cardinalities=[size + 1 for size in self.cardinality],
+                static_cardinalities=self.cardinality,
                 width=self.width,
                 depth=self.depth,
                 mixer=self.mixer,

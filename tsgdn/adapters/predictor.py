@@ -1,6 +1,6 @@
 """A fitted model as an evaluation `Predictor`: contexts in, quantiles out; or every origin of a series in one pass."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,11 @@ class ModelPredictor:
             elif not direct and wanted.any():
                 held.append((end, after))
                 if len(held) * wide >= self.cells * 8:
-                    parts.append(self._roll_out(series, held, horizon))
+                    parts.append(self._roll_out(cutter, held, horizon))
                     origins.append(np.array([step for step, _ in held]))
                     held = []
         if held:
-            parts.append(self._roll_out(series, held, horizon))
+            parts.append(self._roll_out(cutter, held, horizon))
             origins.append(np.array([step for step, _ in held]))
         if not parts:
             return np.empty(0, np.int64), np.empty((0, series.values.shape[0], horizon, len(quantile_levels)))
@@ -143,10 +143,10 @@ class ModelPredictor:
         return at[begun], picked
 
     def _roll_out(
-        self, series: Series, held: list[tuple[int, ForecasterState]], horizon: int
+        self, cutter: Cutter, held: list[tuple[int, ForecasterState]], horizon: int
     ) -> Float[np.ndarray, "n V horizon Q"]:
         state = map_state(lambda *leaves: torch.cat(leaves), *(state for _, state in held))
-        known = self._known([(series, step) for step, _ in held], horizon)
+        known = self._ahead(cutter, [(0, step) for step, _ in held], horizon)
         return self.model.forecast(state, horizon, known=known).cpu().numpy()
 
     def _fitting(self, series: Series) -> Series:
@@ -164,9 +164,8 @@ class ModelPredictor:
             known = None
         elif given == 0:
             known = np.full((user, len(series)), np.nan)
-        sizes = tuple(model.config["static_cardinalities"])
-        static = (*series.static, *(0,) * len(sizes))[: len(sizes)]
-        static = tuple(c if 0 <= c < size else 0 for c, size in zip(static, sizes, strict=True))
+        count = len(model.config["static_cardinalities"])
+        static = (*series.static, *(0,) * count)[:count]
         return replace(series, known=known, static=static)
 
     def _cutter(self, series: Sequence[Series]) -> Cutter:
@@ -209,24 +208,17 @@ class ModelPredictor:
                 waiting.append((index, b, steps))
             if not any(due) or len(waiting) * V >= 256:
                 state_of_all = map_state(lambda *leaves: torch.cat(leaves), *states)
-                known = self._known([(streams[b].series, steps) for _, b, steps in waiting], horizon)
+                known = self._ahead(cutter, [(b, steps) for _, b, steps in waiting], horizon)
                 values = self.model.forecast(state_of_all, horizon, known=known).cpu().numpy()
                 yield from zip((index for index, _, _ in waiting), values, strict=True)
                 waiting, states = [], []
 
-    def _known(self, places: Iterable[tuple[Series, int]], horizon: int) -> Float[Tensor, "B F columns"] | None:
-        """Known features from each origin on, as far as a roll-out looks; NaN where the user gave none."""
-        if not self.model.known_features:
-            return None
-        ahead = horizon + self.model.span + self.model.patch_size
-        found = np.full((len(places := list(places)), self.model.known_features, ahead), np.nan, np.float32)
-        for row, (series, step) in zip(found, places, strict=True):
-            calendar = series.clock.calendar(series.start, step, step + ahead) if self.calendar else row[:0]
-            row[: len(calendar)] = calendar
-            if series.known is not None:
-                held = series.known[:, step : step + ahead]
-                row[len(calendar) :, : held.shape[1]] = held
-        return torch.from_numpy(found).to(self.device)
+    def _ahead(
+        self, cutter: Cutter, places: Sequence[tuple[int, int]], horizon: int
+    ) -> Float[Tensor, "B F columns"] | None:
+        """Known features from each origin on, as far as a roll-out looks."""
+        known = cutter.ahead(places, horizon + self.model.span + self.model.patch_size)
+        return None if known is None else known.to(self.device)
 
 
 def _streams(contexts: Sequence[Series]) -> list[_Stream]:

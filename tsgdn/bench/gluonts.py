@@ -1,7 +1,8 @@
 """Accuracy of every mixer in one harness: same encoder, head, budget, seeds, parameters and state bytes.
 
 A cell is (task, model, seed). Each is fitted by `tsgdn fit --config TASK` in its own process and scored on the task's
-published windows; its rows are appended to a results.csv, and a cell that has rows is not run again.
+published windows; its rows are appended to a results.csv, and a cell that has rows is not run again. The column
+`config` names the preset and whatever options were handed on to the fit: with others, a cell is another measurement.
 """
 
 import csv
@@ -38,11 +39,11 @@ SCORES = ("wql", "mase", "nd", "sql", "coverage80", "coverage98")
 
 
 class Cell(NamedTuple):
-    """One fit."""
+    """One fit; of a baseline the seed is empty."""
 
     task: str
     mixer: str
-    seed: int
+    seed: int | str
 
 
 def cells(tasks: Sequence[str], mixers: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
@@ -53,12 +54,12 @@ def cells(tasks: Sequence[str], mixers: Sequence[str], seeds: Sequence[int]) -> 
                 yield Cell(task, mixer, seed)
 
 
-def done(results: Path) -> set[tuple[str, str, str]]:
-    """(task, model, seed) of the cells that have rows."""
+def done(results: Path) -> set[tuple[str, str, str, str]]:
+    """(task, model, seed, config) of the cells that have rows."""
     if not results.is_file():
         return set()
     with results.open(encoding="utf-8", newline="") as file:
-        return {(line["task"], line["model"], line["seed"]) for line in csv.DictReader(file)}
+        return {(line["task"], line["model"], line["seed"], line["config"]) for line in csv.DictReader(file)}
 
 
 def run(
@@ -89,10 +90,12 @@ def run(
     for name in tasks:
         task = find_task(name)
         for model, baseline in baselines(task, paths).items():
-            if (name, model, "") not in known:
-                append(results, *_rows(name, model, "", evaluate(baseline, task, keep=False), origin, {}))
+            if (name, model, "", "") not in known:
+                append(results, *_rows(Cell(name, model, ""), "", evaluate(baseline, task, keep=False), origin, {}))
                 print(f"{name}: {model} scored", file=sys.stderr, flush=True)
-    todo = [cell for cell in cells(tasks, mixers, seeds) if (cell.task, cell.mixer, str(cell.seed)) not in known]
+    configs = {name: " ".join([name, *options]) for name in tasks}
+    wanted = list(cells(tasks, mixers, seeds))
+    todo = [cell for cell in wanted if (cell.task, cell.mixer, str(cell.seed), configs[cell.task]) not in known]
     failed = 0
     with ThreadPoolExecutor(workers) as pool:
         fits = {pool.submit(_fit, cell, root, tuple(options)): cell for cell in todo}
@@ -100,11 +103,11 @@ def run(
             cell = fits[future]
             try:
                 scores, cost = future.result()
-            except RuntimeError as error:
+            except (RuntimeError, ValueError, OSError) as error:
                 failed += 1
                 print(f"[{number}/{len(todo)}] {' '.join(map(str, cell))}: {error}", file=sys.stderr, flush=True)
                 continue
-            append(results, *_rows(cell.task, cell.mixer, cell.seed, scores, origin, cost))
+            append(results, *_rows(cell, configs[cell.task], scores, origin, cost))
             text = f"WQL {scores.wql:.5f}  MASE {scores.mase:.4f}  {cost['train_seconds']:.0f} s"
             print(f"[{number}/{len(todo)}] {' '.join(map(str, cell))}: {text}", file=sys.stderr, flush=True)
     return failed
@@ -149,7 +152,7 @@ UNITS = {"train_seconds": "s", "mixer_state_bytes": "B", "state_bytes": "B"}
 
 
 def _rows(
-    task: str, model: str, seed: int | str, scores: Scores, origin: dict[str, Any], cost: dict[str, float]
+    cell: Cell, config: str, scores: Scores, origin: dict[str, Any], cost: dict[str, float]
 ) -> list[dict[str, Any]]:
     numbers = {**{name: getattr(scores, name) for name in SCORES}, **cost}
     return [
@@ -158,11 +161,11 @@ def _rows(
             value=f"{value:.6g}" if isinstance(value, float) else value,
             unit=UNITS.get(metric, ""),
             n=scores.n,
-            seed=seed,
-            config=task if cost else "",
+            seed=cell.seed,
+            config=config,
             origin=origin,
-            task=task,
-            model=model,
+            task=cell.task,
+            model=cell.mixer,
         )
         for metric, value in numbers.items()
     ]

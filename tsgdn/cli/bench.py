@@ -27,11 +27,13 @@ def run(args: argparse.Namespace) -> int:
     from tsgdn.bench import gluonts
     from tsgdn.cli.train import presets
     from tsgdn.data.catalog import DataNotFound
+    from tsgdn.data.catalog import tasks as evaluation_cells
 
     tasks, mixers = args.tasks.split(","), args.mixers.split(",")
+    both = [name for name in presets() if name in evaluation_cells()]
     for name in tasks:
-        if name not in presets():
-            raise Misuse(f"--tasks {name}: there is no preset of this name; presets are {', '.join(presets())}")
+        if name not in both:
+            raise Misuse(f"--tasks {name}: expected evaluation cells that have a preset, of {', '.join(both)}")
     for name in mixers:
         if name not in gluonts.MATCHED:
             raise Misuse(f"--mixers {name}: expected some of {', '.join(gluonts.MATCHED)}")

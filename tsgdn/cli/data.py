@@ -106,7 +106,8 @@ def _describe(args: argparse.Namespace) -> int:
         ("horizon", entry.horizon), ("windows", entry.windows),
         ("seasonality", f"{entry.seasonality} (natural {entry.season})"),
         ("timestamps", entry.timestamps), ("calendar", "yes" if entry.calendar else "no: timestamps carry no meaning"),
-        ("licence", entry.licence), ("source", entry.source.get("url", entry.source.get("reason", ""))),
+        ("licence", entry.licence), ("", entry.licence_basis),
+        ("source", entry.source.get("url", entry.source.get("reason", ""))),
         ("sha256", entry.source.get("sha256", "-")),
         ("get", entry.source.get("loader") or f"no: {entry.source['reason']}"),
     ]  # fmt: skip
@@ -186,7 +187,8 @@ def _lines(series: list[Any], suffix: str) -> Any:
     if suffix == ".csv":
         yield ",".join(["item_id", "timestamp", *series[0].variates]) + "\n"
     for one in series:
-        stamps = np.datetime_as_string(one.timestamps, unit="s")
+        stamps = one.timestamps
+        stamps = np.datetime_as_string(stamps, unit="s" if (stamps == stamps.astype("M8[s]")).all() else "ms")
         for stamp, row in zip(stamps, one.values.T.tolist(), strict=True):
             if suffix == ".csv":
                 yield ",".join([one.item_id, f"{stamp}Z", *("" if x != x else repr(x) for x in row)]) + "\n"

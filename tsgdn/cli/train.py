@@ -21,11 +21,13 @@ import numpy as np
 import orjson
 import torch
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from tsgdn.cli.main import Misuse
+from tsgdn.cli.model import read_checkpoint
 from tsgdn.data import catalog
 from tsgdn.data.module import ForecastDataModule, resolve
 from tsgdn.model.artefact import save
@@ -42,6 +44,10 @@ ADVICE = (
 )
 
 
+OF_THE_RUN = ("best", "last", "hpc", "registry")
+"""Checkpoints that Lightning finds by itself; only a fit has them."""
+
+
 def presets() -> dict[str, Path]:
     """The shipped configurations by name."""
     folder = Path(str(files("tsgdn") / "configs"))
@@ -55,12 +61,6 @@ def main(argv: Sequence[str]) -> int:
         Misuse: a wrong option, preset, data set or checkpoint; nothing was run.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (
-        ".*does not have many workers",
-        "`isinstance.treespec, LeafSpec.` is deprecated",
-        "The number of training batches",
-    ):
-        warnings.filterwarnings("ignore", text)
     torch.set_float32_matmul_precision("high")
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -94,9 +94,7 @@ def with_presets(argv: Sequence[str]) -> list[str]:
             options.append(rest[i])
         i += 1
     base = shipped["default"]
-    if checkpoint is not None and checkpoint not in ("best", "last", "hpc", "registry"):
-        if not Path(checkpoint).is_file():
-            raise Misuse(f"there is no checkpoint {checkpoint}; `tsgdn fit` writes one and prints its path")
+    if checkpoint is not None and checkpoint not in OF_THE_RUN:
         beside = Path(checkpoint).parent.parent / "config.yaml"
         if not configs and beside.is_file():
             base = beside
@@ -142,6 +140,7 @@ class TrainCLI(LightningCLI):
         self._stack = stack
         self._stdout = sys.stdout
         self.exported: Path | None = None
+        self._fitted: dict[str, Any] | None = None  # configuration of the checkpoint's model
         super().__init__(
             ForecastModule,
             ForecastDataModule,
@@ -159,6 +158,15 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the arguments as given, without Lightning's warning about them."""
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Reads the checkpoint before anything is built. Lightning looks for options in it, which ours do not hold."""
+        command = str(self.config.subcommand)
+        path = self.config[command].ckpt_path
+        if path not in (None, *OF_THE_RUN):
+            self._fitted = read_checkpoint(Path(path))["tsgdn"]["model"]
+        elif command != "fit":  # weights that nobody fitted are not worth a score
+            raise Misuse(f"`tsgdn {command}` needs --ckpt_path FILE, a checkpoint that `tsgdn fit` wrote")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what the data set decides to the model, and one seed to everything."""
@@ -180,7 +188,7 @@ class TrainCLI(LightningCLI):
         self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
 
     def instantiate_classes(self) -> None:
-        """Builds everything; what the model refuses is a wrong option."""
+        """Builds everything; what the model or the trainer refuses is a wrong option."""
         with _told():
             super().instantiate_classes()
 
@@ -192,14 +200,28 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(save_dir=root, name="", flush_logs_every_n_steps=20)
         return super().instantiate_trainer(**kwargs)
 
-    def before_fit(self) -> None:
-        """Loads the data, so that a missing set is told before anything is written."""
+    def before_validate(self) -> None:
+        """Loads the data and compares the checkpoint, so that what cannot be is told before anything is written."""
         with _told():
-            self.datamodule.setup("fit")
+            if self._fitted is not None:
+                self.model.require_same_model(self._fitted)
+            self.datamodule.setup(str(self.subcommand))
 
-    before_validate = before_fit
-    before_test = before_fit
-    before_predict = before_fit
+    before_test = before_validate
+    before_predict = before_validate
+
+    def before_fit(self) -> None:
+        """Likewise; and a run must have an end, and something to watch if it is watched."""
+        self.before_validate()
+        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise Misuse("the learning rate falls over the whole run, which has no end; give --trainer.max_epochs")
+        callbacks: list[Any] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        watching = [type(c).__name__ for c in callbacks if getattr(c, "monitor", None) == "val_loss"]
+        if watching and not self.datamodule.val_dataloader():
+            raise Misuse(
+                f"nothing is left to validate on, but {' and '.join(watching)} watch val_loss; list the callbacks "
+                "without them under trainer: in a file for --config, or hold out data.validation_windows"
+            )
 
     def after_fit(self) -> None:
         """Exports the best (averaged) weights, and says where everything is."""
@@ -252,12 +274,12 @@ def _seed(value: bool | int | None) -> int:
 
 @contextlib.contextmanager
 def _told() -> Any:
-    """A data set that is unknown, absent or unfit is a misuse, told in one line."""
+    """A data set that is unknown, absent or unfit, or a trainer that cannot be, is a misuse, told in one line."""
     try:
         yield
     except KeyError as error:
         raise Misuse(str(error.args[0])) from error
-    except (catalog.DataNotFound, ValueError) as error:
+    except (catalog.DataNotFound, ValueError, MisconfigurationException) as error:
         raise Misuse(str(error)) from error
 
 

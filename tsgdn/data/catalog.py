@@ -6,6 +6,7 @@ or `~/.cache/tsgdn`); `get` fetches it from its public source into the cache.
 
 import difflib
 import hashlib
+import http.client
 import json
 import os
 import sys
@@ -48,6 +49,8 @@ class CatalogEntry:
         known: columns that are known in advance.
         extra_columns: columns that are no variates.
         split: row ranges [a, b) per protocol.
+        licence: of the data.
+        licence_basis: what that rests on: a text that was read, or memory.
         source: `url`, `sha256`, `bytes`, `loader`, ...; `reason` where no loader exists.
         file: `sha256`, `bytes` of our parquet file and `content`, a digest of its values.
         benchmarks: published protocols that the set reproduces.
@@ -67,6 +70,7 @@ class CatalogEntry:
     length: int | tuple[int, int]
     calendar: bool
     licence: str
+    licence_basis: str
     timestamps: str
     dtype: str
     source: dict[str, Any]
@@ -431,7 +435,7 @@ def _fetch(name: str, part: dict[str, Any], target: Path, stream: Any) -> Path:
                 digest.update(block)
                 file.write(block)
                 print(f"\r{name}: {size / 1e6:.1f} of {limit / 1e6:.1f} MB", end="", file=stream, flush=True)
-    except OSError as error:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors, half an answer is not
         target.unlink(missing_ok=True)
         reason = getattr(error, "reason", None) or error
         raise DataNotFound(
@@ -443,8 +447,9 @@ def _fetch(name: str, part: dict[str, Any], target: Path, stream: Any) -> Path:
             print(file=stream)
     if digest.hexdigest() != part["sha256"] or size != limit:
         target.unlink(missing_ok=True)
+        found = f"more than {limit} bytes" if size > limit else f"{size} bytes, sha256 {digest.hexdigest()[:12]}..."
         raise DataNotFound(
-            f"{name}: {part['url']} has sha256 {digest.hexdigest()[:12]}... where the catalogue expects "
+            f"{name}: {part['url']} has {found}, where the catalogue expects {limit} bytes, sha256 "
             f"{part['sha256'][:12]}...; it was deleted: the source changed, or something altered it on the way"
         )
     return target
@@ -465,9 +470,10 @@ def table() -> str:
         url = e.source.get("url", "")
         link = f"[{e.source.get('label', 'source')}]({url})" if url else e.source.get("reason", "")
         fetch = "-" if e.layout == "simulated" else "yes" if "loader" in e.source else "no"
+        licence = e.licence + (" (recalled)" if "recalled" in e.licence_basis else "")
         out.append(
             f"| `{e.name}`{' (cut)' if e.partial else ''} | {e.n_series} | {length} | {e.freq} | {e.horizon} "
-            f"| {windows} | {e.seasonality} | {'yes' if e.calendar else 'no'} | {fetch} | {link} | {e.licence} |"
+            f"| {windows} | {e.seasonality} | {'yes' if e.calendar else 'no'} | {fetch} | {link} | {licence} |"
         )
     out += [
         "",

@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float32, Int64
 _SECOND = 1_000_000_000
 _DAY = 86_400 * _SECOND
 _FIXED = {"ms": 1_000_000, "s": _SECOND, "min": 60 * _SECOND, "h": 3_600 * _SECOND, "D": _DAY, "W": 7 * _DAY}
+_MEAN_MONTH = 30.436875 * _DAY
+_REACH = 9.2e18  # nanoseconds from 1970 that int64 holds, with some months to spare
 _MONTHS = {"MS": 1, "ME": 1, "QS": 3, "QE": 3, "YS": 12, "YE": 12}
 # M, Q, Y and A alone are period aliases, as GluonTS uses them: the step is the month, its stamp the first day.
 _ALIASES = {
@@ -134,10 +136,18 @@ class Clock:
         """The timestamps of `steps` on the grid that starts at `start`; the two broadcast, steps may be negative.
 
         Raises:
-            ValueError: a `start` is not on the grid (a weekend for `B`, a mid-month day for `MS`).
+            ValueError: a `start` is not on the grid (a weekend for `B`, a mid-month day for `MS`), or a step lies
+                outside the years 1679 to 2261, which nanoseconds cannot tell.
         """
         start, steps = np.broadcast_arrays(np.asarray(start, "M8[ns]"), np.asarray(steps, np.int64))
         self._require_on_grid(start)
+        size = self._step or self._months * _MEAN_MONTH or self.multiple * 1.4 * _DAY
+        beyond = np.abs(start.astype(np.int64) + steps * float(size)) > _REACH
+        if beyond.any():
+            raise ValueError(
+                f"step {steps[beyond].ravel()[0]} of freq {self.freq!r} after {show(start[beyond].ravel()[0])} lies "
+                "outside the years 1679 to 2261; take fewer steps or a shorter freq"
+            )
         if self._step:
             return np.asarray(start + (steps * self._step).astype("m8[ns]"))
         day = start.astype("M8[D]")
@@ -239,9 +249,9 @@ class Clock:
             raise ValueError(f"a grid of freq {self.freq!r} cannot start at {show(bad)}: {remedy}")
 
     @staticmethod
-    def _business_index(day: np.ndarray) -> np.ndarray:
+    def _business_index(day: np.datetime64 | np.ndarray) -> np.ndarray:
         """Number of the latest business day at or before `day`."""
-        return np.busday_count(np.datetime64("1970-01-01"), day + 1) - 1
+        return np.asarray(np.busday_count(np.datetime64("1970-01-01"), day + 1) - 1)
 
     def to_utc(self, stamps: Sequence[np.datetime64] | np.ndarray, tz: str) -> np.ndarray:
         """Local times of `tz` (an IANA name) as naive UTC.

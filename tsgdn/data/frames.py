@@ -34,6 +34,7 @@ def to_series(
     """Reads series from any frame, or from GluonTS dicts.
 
     Rows may come in any order; missing steps become NaN. Without an id column the frame is one series, "series".
+    Categories of GluonTS dicts move up by one, since 0 is "unknown" here.
     Rows after the last one that has a value are future rows if there are `known_columns`, else missing values.
 
     Args:
@@ -69,6 +70,10 @@ def to_series(
     absent = [name for name in wanted if name not in columns]
     if absent:
         raise ValueError(f"column {absent[0]!r} is missing; the frame has {', '.join(columns)}")
+    rows = len(columns[time_name])
+    for name in [id_name, *wanted]:
+        if name is not None and len(columns[name]) != rows:
+            raise ValueError(f"column {name!r} has {len(columns[name])} rows, {time_name!r} has {rows}")
     ids = _ids(columns[id_name]) if id_name else None
     stamps = _stamps(columns[time_name], time_name, grid, tz)
     values = np.stack([_numbers(columns[name], name) for name in wanted]) if len(stamps) else np.empty((len(wanted), 0))
@@ -175,10 +180,18 @@ def _dialect(columns: list[str], variates: tuple[str, ...]) -> tuple[str | None,
 
 def _ids(column: Any) -> np.ndarray:
     ids = np.asarray(column.to_list() if hasattr(column, "to_list") else list(column), object)
-    bad = [i for i, one in enumerate(ids) if one is None or one != one]
+    bad = [i for i, one in enumerate(ids) if _absent(one)]
     if bad:
         raise ValueError(f"row {bad[0]} has no item id; every row needs one")
     return ids.astype(str)
+
+
+def _absent(one: Any) -> bool:
+    """None, NaN, NaT, or the NA of pandas, which refuses to be compared."""
+    try:
+        return one is None or bool(one != one)
+    except TypeError:
+        return True
 
 
 def _codes(ids: np.ndarray | None, rows: int) -> tuple[list[str], np.ndarray]:
@@ -204,16 +217,14 @@ def _stamps(column: Any, name: str, grid: Clock, tz: str | None) -> np.ndarray:
     column = np.asarray(column)
     if column.dtype.kind in "OUS":
         texts = [isinstance(one, str) for one in column]
-        if any(texts):
-            if not all(texts):
-                row = texts.index(False)
-                raise ValueError(f"row {row}: {name} is {column[row]!r}, expected a timestamp")
-            aware = any(_has_offset(one) for one in column)
-            if aware and not all(_has_offset(one) for one in column):
-                raise ValueError(f"column {name!r} mixes timestamps with and without a UTC offset; write all alike")
-            column = np.asarray([parse(str(one)) for one in column], "M8[ns]")
-        else:
-            column = np.asarray([_stamp_of(one) for one in column], "M8[ns]")
+        if any(texts) and not all(texts):
+            row = texts.index(False)
+            raise ValueError(f"row {row}: {name} is {column[row]!r}, expected a timestamp")
+        offsets = [_has_offset(one) for one in column if not _absent(one)]
+        aware = any(offsets)
+        if aware and not all(offsets):
+            raise ValueError(f"column {name!r} mixes timestamps with and without a UTC offset; write all alike")
+        column = np.asarray([_stamp_of(one) for one in column], "M8[ns]")
     if column.dtype.kind != "M":
         if column.size:
             raise ValueError(f"column {name!r} holds {column.dtype}, expected timestamps")
@@ -224,15 +235,18 @@ def _stamps(column: Any, name: str, grid: Clock, tz: str | None) -> np.ndarray:
     return grid.to_utc(stamps, tz) if tz is not None and not aware else stamps
 
 
-def _has_offset(text: str) -> bool:
-    tail = text.strip()[10:]
+def _has_offset(stamp: Any) -> bool:
+    """Whether a text, or a datetime of Python or pandas, says how far it is from UTC."""
+    if not isinstance(stamp, str):
+        return getattr(stamp, "tzinfo", None) is not None
+    tail = stamp.strip()[10:]
     return tail.endswith(("Z", "z")) or "+" in tail or "-" in tail
 
 
 def _stamp_of(value: Any) -> np.datetime64:
     """A start or timestamp of any kind as naive UTC: a period counts as its first moment."""
     if isinstance(value, str):
-        return parse(value)
+        return parse(str(value))  # NumPy's own str would show in a message
     if hasattr(value, "to_timestamp"):  # a pandas Period
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # pandas warns of business-day periods, which GluonTS uses
@@ -327,7 +341,7 @@ def _from_dict(entry: Mapping[str, Any], place: int, grid: Clock, variates: tupl
     start = _stamp_of(entry["start"])
     if not grid.on_grid(start):
         raise ValueError(f"entry {name!r}: a grid of freq {grid.freq!r} cannot start at {show(start)}")
-    static = tuple(int(one) for one in np.ravel(entry.get("feat_static_cat", ())))
+    static = tuple(int(one) + 1 for one in np.ravel(entry.get("feat_static_cat", ())))
     known = None if known is None else np.atleast_2d(np.asarray(known, np.float64))
     return Series(name, start, grid.freq, values, known, static, variates)
 

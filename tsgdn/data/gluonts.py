@@ -1,29 +1,76 @@
-"""GluonTS data sets <-> Series; GluonTS and pandas are imported on use."""
+"""GluonTS data sets <-> Series; GluonTS and pandas are imported on use.
+
+GluonTS counts time in periods: a month, quarter or year is one, whatever day ends it, and a week is named by its last
+day. Its categories count from 0, ours from 1, since 0 is "unknown".
+"""
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tsgdn.data.catalog import Task
-from tsgdn.data.clock import Clock, clock
+from tsgdn.data.clock import clock
 from tsgdn.data.frames import to_series
 from tsgdn.data.series import Series
 
 if TYPE_CHECKING:
+    import pandas as pd
     from gluonts.dataset.split import TestData
+
+_LONG = re.compile(r"(\d*)(M|Q|Y)(S|E)(-[A-Z]{3})?")
 
 
 def period_freq(freq: str) -> str:
-    """The period alias of a frequency, which GluonTS wants: `MS`, `ME` -> `M`, `QS-OCT` -> `Q-DEC`, `h` -> `h`.
+    """The period alias of a frequency, which GluonTS wants: `MS`, `ME` -> `M`, `QS-OCT` -> `Q`, `QE-NOV` -> `Q-NOV`.
 
-    A quarter (or year) step is anchored by the month of its first stamp, so the alias is plain `Q` (`Y`).
+    A quarter (or year) that is stamped with its first day is anchored by the first stamp, so the alias is plain.
     """
     name = clock(freq).freq
-    match = re.fullmatch(r"(\d*)(MS|ME|QS|QE|YS|YE)(-[A-Z]{3})?", name)
-    return f"{match[1]}{match[2][0]}" if match else name
+    match = _LONG.fullmatch(name)
+    if not match:
+        return name
+    return match[1] + match[2] + (match[4] or "" if match[3] == "E" else "")
+
+
+def first_day_freq(freq: str) -> str:
+    """The frequency that counts from the first day, as periods do: `M`, `ME` -> `MS`, `Q-DEC`, `QE` -> `QS`."""
+    name = clock(freq).freq
+    match = _LONG.fullmatch(name)
+    return f"{match[1]}{match[2]}S" if match else name
+
+
+def period(start: np.datetime64, freq: str) -> "pd.Period":
+    """The pandas Period that begins (weeks, ends of months: ends) at `start`."""
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # pandas warns of business-day periods, which GluonTS uses
+        return pd.Period(pd.Timestamp(start), freq=period_freq(freq))  # pyright: ignore[reportReturnType]  (not NaT)
+
+
+def series_entry(series: Series) -> dict[str, Any]:
+    """A series as a GluonTS entry, the target as it is (float64); 1-d where there is one variate."""
+    target = series.values[0] if len(series.values) == 1 else series.values
+    entry = {"item_id": series.item_id, "start": period(series.start, series.freq), "target": target}
+    if series.known is not None:
+        entry["feat_dynamic_real"] = series.known
+    if series.static:
+        entry["feat_static_cat"] = np.array(series.static) - 1
+    return entry
+
+
+def entry_series(entry: Mapping[str, Any], freq: str | None = None) -> Series:
+    """A GluonTS entry as a series.
+
+    Args:
+        entry: `start`, `target`, maybe `item_id`, `feat_dynamic_real`, `feat_static_cat`.
+        freq: None = that of the `start` period.
+    """
+    (series,) = to_series([entry], freq=first_day_freq(freq or entry["start"].freqstr))
+    return series
 
 
 def to_gluonts(series: Sequence[Series], freq: str | None = None, *, one_dim: bool = True) -> list[dict[str, Any]]:
@@ -57,29 +104,17 @@ def to_gluonts(series: Sequence[Series], freq: str | None = None, *, one_dim: bo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # pandas warns of business-day periods, which GluonTS uses
         return ListDataset(
-            [_entry(one, freq, one_dim) for one in series], freq=period_freq(freq), one_dim_target=one_dim
+            [{**series_entry(one), "target": one.values[0] if one_dim else one.values} for one in series],
+            freq=period_freq(freq),
+            one_dim_target=one_dim,
         )
-
-
-def _entry(series: Series, freq: str, one_dim: bool) -> dict[str, Any]:
-    import pandas as pd
-
-    out: dict[str, Any] = {
-        "item_id": series.item_id,
-        "start": pd.Period(pd.Timestamp(series.start), freq=period_freq(freq)),
-        "target": series.values[0] if one_dim else series.values,
-    }
-    if series.known is not None:
-        out["feat_dynamic_real"] = series.known
-    if series.static:
-        out["feat_static_cat"] = np.asarray(series.static)
-    return out
 
 
 def from_gluonts(dataset: Iterable[dict[str, Any]], *, freq: str | None = None) -> list[Series]:
     """Series of a GluonTS data set; the frequency is that of the entries' periods unless given.
 
     A month, quarter or year counts from its first day (`MS`, `QS`, `YS`), a week from the last day of its period.
+    Entries without an item id are named by their place.
 
     Raises:
         ValueError: an entry has no frequency, or another one than the first.
@@ -91,16 +126,8 @@ def from_gluonts(dataset: Iterable[dict[str, Any]], *, freq: str | None = None) 
     if freq is None:
         if len(found) != 1:
             raise ValueError(f"the entries have frequencies {sorted(found) or 'none'}; pass freq=, one per data set")
-        freq = _from_period(found.pop())
+        freq = first_day_freq(found.pop())
     return to_series(entries, freq=freq)
-
-
-def _from_period(freq: str) -> str:
-    """A period alias as a clock's: `M` -> `MS`, `Q-DEC` -> `QS`, `Y-DEC`, `A-DEC` -> `YS`."""
-    match = re.fullmatch(r"(\d*)([MQYA])E?(-[A-Z]{3})?", freq)
-    if match:
-        freq = match[1] + {"M": "MS", "Q": "QS", "Y": "YS", "A": "YS"}[match[2]]
-    return Clock(freq).freq
 
 
 def evaluation_data(task: Task, *, multivariate: bool = False) -> "TestData":

@@ -1,7 +1,7 @@
 """Batches for a trainer: a catalogued data set, or series from Python, as windows for fit, validation and test."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 from tsgdn.data import catalog
 from tsgdn.data.clock import clock
 from tsgdn.data.series import Series
-from tsgdn.data.windows import ContiguousSegments, Cut, Cutter, Segments, WindowSampler, grouped, held_out_cuts
+from tsgdn.data.windows import (
+    Contexts,
+    ContiguousSegments,
+    Cut,
+    Cutter,
+    Segments,
+    WindowSampler,
+    grouped,
+    held_out_cuts,
+)
 from tsgdn.types import Batch
 
 DIRECT_STEPS = 64  # forecast in one pass at most; a longer horizon is rolled out
@@ -42,11 +51,15 @@ def resolve(
 
     Returns:
         patch_size, patches_ahead, seasons, known_features, horizon, calendar, freq.
+
+    Raises:
+        KeyError: there is no such data set.
+        ValueError: a size is below 1.
     """
     task = find_task(dataset)
     shape = derived(
         task.freq,
-        horizon or task.horizon,
+        task.horizon if horizon is None else horizon,
         patch_size=patch_size,
         patches_ahead=patches_ahead,
         seasons=seasons,
@@ -96,18 +109,26 @@ def derived(
     calendar: bool = False,
 ) -> dict[str, Any]:
     """As `resolve`, for a frequency and a horizon."""
+    at_least(1, horizon=horizon, patch_size=patch_size, patches_ahead=patches_ahead)
     rule = clock(freq)
     P = patch_size or rule.patch_size
     K = patches_ahead or min(-(-horizon // P), max(1, DIRECT_STEPS // P))
     return {
         "patch_size": P,
         "patches_ahead": K,
-        "seasons": list(seasons or rule.seasons),
+        "seasons": list(rule.seasons if seasons is None else seasons),
         "known_features": rule.calendar_size if calendar else 0,
         "horizon": horizon,
         "calendar": calendar,
         "freq": rule.freq,
     }
+
+
+def at_least(least: int, **sizes: int | None) -> None:
+    """Refuses a size below `least` by its name; None stands for a rule."""
+    for name, size in sizes.items():
+        if size is not None and size < least:
+            raise ValueError(f"{name} is {size}, expected at least {least}")
 
 
 class ForecastDataModule(LightningDataModule):
@@ -125,13 +146,16 @@ class ForecastDataModule(LightningDataModule):
         window_patches: tokens per window.
         steps_per_epoch: batches between validations.
         validation_windows: horizons held out at the end of the training part of each series, at most a tenth of it;
-            null = as the evaluation cell has it, at most 20.
+            null = as many as there are test windows or the cell sets aside, at most 20.
         multivariate: one series of all variates instead of one per variate.
         targets: leading variates that are forecast, the rest ride along as past covariates; null = all.
         truncated_bptt: consecutive segments instead of random windows, for a state that is carried along.
         num_workers: processes that cut windows; the batches do not depend on it.
         seed: of the windows.
         series: from Python only: the training series themselves (with `horizon`), instead of `dataset`.
+
+    Raises:
+        ValueError: a size that nothing can be cut with.
     """
 
     def __init__(
@@ -155,6 +179,9 @@ class ForecastDataModule(LightningDataModule):
         series: Any = None,
     ):
         super().__init__()
+        at_least(1, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        at_least(2, window_patches=window_patches)  # a token, and one that it forecasts
+        at_least(0, validation_windows=validation_windows, num_workers=num_workers, seed=seed)
         self.dataset, self.given, self.multivariate = dataset, series, multivariate
         self.batch_size, self.window_patches, self.steps_per_epoch = batch_size, window_patches, steps_per_epoch
         self.validation_windows, self.truncated_bptt = validation_windows, truncated_bptt
@@ -201,6 +228,7 @@ class ForecastDataModule(LightningDataModule):
             whole, windows = list(self.given), VALIDATION_WINDOWS
             seasonality, name = clock(shape["freq"]).seasonality, "series"
         self.training, self._validated_from = self._hold_out(whole, self.validation_windows, windows)
+        self._cutter = Cutter([s for s in self.training if len(s)], **self._cutting)
         self.whole = whole
         self.series_info = {
             "dataset": name,
@@ -228,19 +256,19 @@ class ForecastDataModule(LightningDataModule):
             begins.append(begin)
         if limit and all(begin == len(series) for begin, series in zip(begins, whole, strict=True)):
             raise ValueError(
-                f"no series of {self.dataset!r} has the {2 * H} steps that a validation of horizon {H} takes; "
+                f"none of the series has the {H + max(H, 2 * self.patch_size)} steps that a validation of horizon {H} "
+                f"takes (the longest has {max(map(len, whole))}); "
                 "give longer series, a shorter horizon, or validation_windows: 0 and no early stopping"
             )
         return training, begins
 
     def train_dataloader(self) -> "RunLoader":
         """Random windows, or contiguous segments; endless in kind, `steps_per_epoch` at a time."""
-        cutter = Cutter([s for s in self.training if len(s)], **self._cutting)
         kind = ContiguousSegments if self.truncated_bptt else WindowSampler
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # the ranks draw from different seeds: a carried row then stays on its rank
         source = kind(
-            cutter,
+            self._cutter,
             patch_size=self.patch_size,
             window_patches=self.window_patches,
             batch_size=self.batch_size,
@@ -274,30 +302,38 @@ class ForecastDataModule(LightningDataModule):
         """The whole past of each test window; `predicted` names the rows in their order."""
         contexts = [context for context, _ in self._instances()]
         cuts = [Cut(i, 0, len(s)) for i, s in enumerate(contexts)]
-        self.predicted = [contexts[cut.series] for group in grouped(cuts, self.batch_size) for cut in group]
-        return self._loader(contexts, cuts, past=False)
+        groups = grouped(cuts, self.batch_size)
+        self.predicted = [contexts[cut.series] for group in groups for cut in group]
+        cutter = Cutter(contexts, **self._cutting)
+        columns = self.horizon + self.span + self.patch_size
+
+        def contexts_of(group: Sequence[Cut]) -> Contexts:
+            ahead = cutter.ahead([(cut.series, cut.stop) for cut in group], columns)
+            return Contexts(cutter.batch(group, past=False), ahead)
+
+        return DataLoader(_Batches(groups, contexts_of), batch_size=None)
 
     def _instances(self) -> Sequence[tuple[Series, np.ndarray]]:
         if not self.instances:
             raise ValueError("series given from Python have no test part; score them with tsgdn.evaluation")
         return self.instances
 
-    def _loader(self, series: Sequence[Series], cuts: Sequence[Cut], *, past: bool = True) -> DataLoader:
-        batches = _Batches(Cutter(series, **self._cutting), grouped(cuts, self.batch_size), past)
-        return DataLoader(batches, batch_size=None, num_workers=0)
+    def _loader(self, series: Sequence[Series], cuts: Sequence[Cut]) -> DataLoader:
+        batches = _Batches(grouped(cuts, self.batch_size), Cutter(series, **self._cutting).batch)
+        return DataLoader(batches, batch_size=None)
 
 
 class _Batches(Dataset):
     """Batches that are cut when they are asked for."""
 
-    def __init__(self, cutter: Cutter, groups: list[list[Cut]], past: bool):
-        self.cutter, self.groups, self.past = cutter, groups, past
+    def __init__(self, groups: list[list[Cut]], cut: Callable[[Sequence[Cut]], Batch | Contexts]):
+        self.groups, self.cut = groups, cut
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.cutter.batch(self.groups[index], past=self.past)
+    def __getitem__(self, index: int) -> Batch | Contexts:
+        return self.cut(self.groups[index])
 
 
 class RunLoader:

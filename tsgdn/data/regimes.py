@@ -52,7 +52,9 @@ def simulate(
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected at least 0")
     grid = clock(freq)
-    start = START if grid.on_grid(START) else np.datetime64("2020-01-31" if "E" in freq else "2020-01-01", "ns")
+    first, last = np.datetime64("2020-01-01", "ns"), np.datetime64("2020-01-31", "ns")
+    start = next(day for day in (START, first, last) if grid.on_grid(day))
+    grid.timestamp(start, steps - 1)  # refuses what no timestamp can tell
     names = ("target",) if variates == 1 else tuple(f"v{v}" for v in range(variates))
     seasons = [m for m in grid.seasons if m > 1] or [4]
     return [
@@ -114,7 +116,7 @@ def _seasonal(key: tuple[int, int], variates: int, steps: int, seasons: list[int
     starts = (holes[..., 0] < 0.005).T
     lengths = 1 + (holes[..., 1] * 7).astype(np.int64).T
     missing = np.zeros_like(starts)
-    for back in range(7):
+    for back in range(min(7, steps)):
         missing[:, back:] |= (starts & (lengths > back))[:, : steps - back]
     return np.where(missing, np.nan, np.round(values, 3))
 

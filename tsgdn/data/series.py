@@ -48,6 +48,9 @@ class Series:
                     f"series {self.item_id!r}: known features have shape {known.shape}, "
                     f"expected (features, at least {values.shape[1]} steps)"
                 )
+            if np.isinf(known).any():
+                step = int(np.isinf(known).any(0).argmax())
+                raise ValueError(f"series {self.item_id!r}: infinite known feature at step {step}; write NaN if absent")
             object.__setattr__(self, "known", known)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "start", np.asarray(self.start, "M8[ns]")[()])

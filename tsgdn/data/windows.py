@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from scipy.signal import lfilter
 
 from tsgdn.data.clock import Clock
@@ -161,7 +161,9 @@ class Cutter:
         self.span, self.seasons, self.half_life = span, tuple(seasons), half_life
         ((self.variates, freq, user_known, self.n_static),) = shapes
         if targets is not None and not 1 <= targets <= self.variates:
-            raise ValueError(f"targets is {targets}; the series have {self.variates} variates, of which at least 1 is one")
+            raise ValueError(
+                f"targets is {targets}; the series have {self.variates} variates, of which at least 1 is one"
+            )
         self.targets = targets
         self.clock = Clock(freq) if calendar else None
         self.known_features = (self.clock.calendar_size if self.clock else 0) + user_known
@@ -177,17 +179,25 @@ class Cutter:
     def known(self, index: int) -> Float32[np.ndarray, "F steps"]:
         """Known features from the first step to `span` steps beyond the last, NaN where the user gave none."""
         if index not in self._known:
-            series, parts = self.series[index], []
-            steps = len(series) + self.span
-            if self.clock is not None:
-                parts.append(self.clock.calendar(series.start, 0, steps))
-            if series.known is not None:
-                user = np.full((len(series.known), steps), np.nan, dtype=np.float32)
-                held = series.known[:, :steps]
-                user[:, : held.shape[1]] = held
-                parts.append(user)
-            self._known[index] = np.concatenate(parts).astype(np.float32)
+            self._known[index] = self._features(index, 0, len(self.series[index]) + self.span)
         return self._known[index]
+
+    def ahead(self, places: Sequence[tuple[int, int]], columns: int) -> Float[torch.Tensor, "B F columns"] | None:
+        """Known features of `columns` steps from each (series, step) on, for `Forecaster.forecast`."""
+        if not self.known_features:
+            return None
+        return torch.from_numpy(np.stack([self._features(index, step, step + columns) for index, step in places]))
+
+    def _features(self, index: int, first: int, last: int) -> Float32[np.ndarray, "F steps"]:
+        """Known features of the steps [first, last), which may lie beyond the series."""
+        series = self.series[index]
+        found = np.full((self.known_features, last - first), np.nan, dtype=np.float32)
+        if self.clock is not None:
+            found[: self.clock.calendar_size] = self.clock.calendar(series.start, first, last)
+        if series.known is not None:
+            held = series.known[:, first:last]
+            found[self.known_features - len(held) :, : held.shape[1]] = held
+        return found
 
     def batch(self, cuts: Sequence[Cut], *, steps: int | None = None, past: bool = True) -> Batch:
         """The cuts, side by side.
@@ -231,6 +241,22 @@ class Cutter:
             target=torch.from_numpy(target),
             past=history,
         )
+
+
+class Contexts(NamedTuple):
+    """A batch to forecast from, and the known features after it.
+
+    Attributes:
+        batch: whole contexts.
+        ahead: from each row's first forecast step on, as far as a roll-out looks.
+    """
+
+    batch: Batch
+    ahead: Float[torch.Tensor, "B F columns"] | None
+
+    def to(self, device: torch.device | str) -> "Contexts":
+        """The same on another device."""
+        return Contexts(self.batch.to(device), None if self.ahead is None else self.ahead.to(device))
 
 
 class WindowSampler:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from tsgdn.data.windows import Segments
+from tsgdn.data.windows import Contexts, Segments
 from tsgdn.model.forecaster import Forecaster
 from tsgdn.model.losses import gather_targets, hidden_cells, pinball_loss
 from tsgdn.streamable import detach, map_state, state_leaves
@@ -62,6 +62,9 @@ class ForecastModule(LightningModule):
         mask_windows: share of windows in which a run of patches is hidden.
         truncated_bptt: batches are consecutive segments; the state goes along, the gradient does not.
         seed: of what is hidden, scored and dropped.
+
+    Raises:
+        ValueError: a number outside its range.
     """
 
     def __init__(
@@ -80,6 +83,18 @@ class ForecastModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
+        for name, value, least, most in (
+            ("lr", lr, 0, math.inf),
+            ("weight_decay", weight_decay, 0, math.inf),
+            ("warmup", warmup, 0, 1),
+            ("final_lr", final_lr, 0, 1),
+            ("magnitude_weight", magnitude_weight, -math.inf, math.inf),
+            ("loss_tokens", loss_tokens, 1, math.inf),
+            ("close_share", close_share, 0, 0.5),  # half of the windows stay untouched
+            ("mask_windows", mask_windows, 0, 1),
+        ):
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} is {value}, expected a number from {least:g} to {most:g}")
         self.model = model
         self.lr, self.weight_decay, self.warmup, self.final_lr, self.betas = lr, weight_decay, warmup, final_lr, betas
         self.magnitude_weight, self.loss_tokens = magnitude_weight, loss_tokens
@@ -136,17 +151,20 @@ class ForecastModule(LightningModule):
         """Logs `test_loss`, likewise."""
         self._score("test_loss", batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Quantiles (B, V, horizon, Q) of the steps after the batch, in the unit of the series."""
-        state = self.model.prime(batch.past) if batch.past is not None else None
-        nothing = torch.zeros(0, dtype=torch.long, device=batch.values.device)
-        _, state = self.model(batch, state, read=nothing)
-        return self.model.forecast(state, int(self.series_info.get("horizon") or self.model.direct_steps))
+    def predict_step(self, batch: Contexts, batch_idx: int) -> Tensor:
+        """Quantiles (B, V, horizon, Q) of the steps after the contexts, in the unit of the series."""
+        contexts, ahead = batch
+        nothing = torch.zeros(0, dtype=torch.long, device=contexts.values.device)
+        _, state = self.model(contexts, read=nothing)
+        return self.model.forecast(state, int(self.series_info.get("horizon") or self.model.direct_steps), known=ahead)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a linear warm-up and a cosine; no decay on gates, norms, biases and embeddings."""
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, betas=self.betas)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the learning rate falls over the whole run, and this one has no end; give max_epochs")
+        total = max(1, int(steps))
         rising = max(1, round(self.warmup * total))
 
         def rate(step: int) -> float:
@@ -191,12 +209,8 @@ class ForecastModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the carried states of this rank."""
         plain = checkpoint.get("tsgdn", {})
-        if plain and plain["model"] != self.model.config:
-            differing = [k for k, v in self.model.config.items() if plain["model"].get(k) != v]
-            raise ValueError(
-                f"the checkpoint's model differs from the configured one in {', '.join(differing)}; "
-                "give the --config and options that it was fitted with"
-            )
+        if plain:
+            self.require_same_model(plain["model"])
         self.series_info = dict(plain.get("series", {})) or self.series_info
         leaves = checkpoint.get("tsgdn_carried")
         if leaves and self.truncated_bptt:
@@ -209,6 +223,15 @@ class ForecastModule(LightningModule):
             mine = iter([leaf[rank] for leaf in leaves.values()])
             empty = self.model.initial_state(first.shape[1], self._variates(leaves))
             self._carried = map_state(lambda _: next(mine), empty)
+
+    def require_same_model(self, config: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose model was built otherwise, and says in what."""
+        differing = [k for k in {**self.model.config, **config} if self.model.config.get(k) != config.get(k)]
+        if differing:
+            raise ValueError(
+                f"the checkpoint's model differs from the configured one in {', '.join(differing)}; "
+                "give the --config and options that it was fitted with"
+            )
 
     def _score(self, name: str, batch: Batch) -> None:
         read = _scored_tokens(batch, self.model.patch_size, self.model.span)
