@@ -1,6 +1,8 @@
 """The stateful predictor: stream = batch, purity, verdicts on rows, snapshots."""
 
 import hashlib
+from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
@@ -10,10 +12,12 @@ import torch
 
 from tsgdn.data.clock import Clock
 from tsgdn.data.series import Series
+from tsgdn.model import artefact
 from tsgdn.model.forecaster import Forecaster
 from tsgdn.streaming import snapshot
 from tsgdn.streaming.predictor import StatefulPredictor
 from tsgdn.streaming.replay import replay
+from tsgdn.streaming.rows import from_objects
 from tsgdn.types import Batch
 
 START = np.datetime64("2024-02-27T05:00", "ns")
@@ -130,6 +134,16 @@ def test_verify_certifies_the_stream_and_leaves_the_states_alone(predictor):
     assert "x" not in predictor
 
 
+def test_verify_finds_a_stream_that_says_nothing_and_does_not_certify_nothing(model, monkeypatch):
+    predictor = StatefulPredictor(model, freq="h")
+    assert not predictor.verify(make_series("x", 0)).ok
+    with pytest.raises(ValueError, match="rtol"):
+        predictor.verify(make_series("x", 9), rtol=float("nan"))
+    real = Forecaster.forecast
+    monkeypatch.setattr(Forecaster, "forecast", lambda *args, **more: real(*args, **more) * torch.nan)
+    assert predictor.verify(make_series("x", 20)).error == np.inf
+
+
 def test_verify_finds_a_model_whose_state_forgets(model, monkeypatch):
     real = Forecaster.forward
 
@@ -244,7 +258,7 @@ def test_each_bad_row_gets_its_verdict_and_leaves_no_trace(model):
         "ts.type": ("a", 1_700_000_000, 1.0),
         "ts.range": ("a", "9999-01-01", 1.0),
         "value.nonfinite": ("a", stamp(30), float("inf")),
-        "value.range": ("a", stamp(30), 1e300),
+        "value.range": ("a", stamp(30), 1.1e100),
         "value.type": ("a", stamp(30), "1.5"),
         "value.count": ("a", stamp(30), [1.0, 2.0]),
         "item.id": ("a\0b", stamp(30), 1.0),
@@ -281,6 +295,41 @@ def test_a_missing_cell_is_filled_only_while_its_patch_is_open_and_nobody_called
     assert_same_forecasts(predictor, oracle, rtol=0)
     predictor.observe([("a", stamp(head), None)])
     assert predictor.observe([("a", stamp(head), 3.0)]).late == 1
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_patch_stays_open_until_its_cells_are_told_or_a_row_beyond_it_comes(model, absent):
+    filled, passed, oracle, blind = (StatefulPredictor(model, freq="h") for _ in range(4))
+    rows = [("a", stamp(i), float(i * i)) for i in range(2 * P + 1)]
+    late = rows.pop(P + absent)
+    for one in (filled, passed):
+        for row in rows[: 2 * P - 1]:  # the end of the second patch is told, one of its cells is not
+            one.observe([row])
+        assert one.head("a") == 2 * P
+    assert_same_forecasts(filled, passed, rtol=0)
+    assert filled.observe([late]).accepted == 1
+    assert filled.observe([late]).duplicate == 1
+    assert filled.observe(rows[-1:]).accepted == 1
+    oracle.observe([*rows, late])
+    blind.observe([*rows, (*late[:2], None)])
+    assert passed.observe(rows[-1:]).accepted == 1
+    assert passed.observe([late]).late == 1
+    assert_same_forecasts(filled, oracle)
+    assert_same_forecasts(passed, blind)
+    assert not np.allclose(filled.forecast().values, passed.forecast().values)
+
+
+@pytest.mark.parametrize("gap", [32 * P + 2, 40 * P])
+def test_a_patch_after_a_long_silence_stays_open_likewise(model, gap):
+    apart, whole = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h")
+    begin = 6 + gap
+    rows = [("a", stamp(begin + i), float(i)) for i in range(2 * P - begin % P)]
+    for one in (apart, whole):
+        one.observe(rows_of(make_series("a", 6)))
+    apart.observe([rows[-1]])
+    assert apart.observe(rows[-P:-1]).accepted == P - 1
+    whole.observe(rows[-P:])
+    assert_same_forecasts(apart, whole)
 
 
 def test_bad_rows_with_errors_raise_apply_nothing(predictor):
@@ -321,7 +370,7 @@ def test_held_rows_survive_save_and_load(predictor, model, tmp_path):
     predictor.save(tmp_path)
     other = StatefulPredictor(model, freq="h")
     other.load(tmp_path)
-    assert other.held() == predictor.held() != set()
+    assert other.held() == predictor.held() == {("a", str(stamp(1_000_000))[:16].replace("T", " ")): [1.0]}
     other.observe([("a", stamp(1_000_001), 1.0), ("a", stamp(1_000_002), 1.0)])
     assert other.head("a") == 1_000_003
 
@@ -352,6 +401,90 @@ def test_every_way_to_give_rows_means_the_same(model, dialect):
         }[dialect]()
         assert predictor.observe(data).accepted == 19
     assert_same_forecasts(oracle, predictor)
+
+
+@pytest.mark.parametrize("year", [1, 1600, 9999])
+def test_a_time_that_nanoseconds_do_not_reach_is_refused_from_a_frame_too(predictor, year):
+    frame = pl.DataFrame({"item_id": ["a"], "timestamp": [datetime(year, 1, 1)], "target": [1.0]})
+    assert [bad.code for bad in predictor.observe(frame).set_aside] == ["ts.range"]
+    seconds = pd.DataFrame(
+        {"item_id": "a", "timestamp": pd.Series(np.array([f"{year:04}-01-01"], "M8[s]")), "target": [1.0]}
+    )
+    assert [bad.code for bad in predictor.observe(seconds).set_aside] == ["ts.range"]
+
+
+@pytest.mark.parametrize("text", ["2024-01-31T12:00+99:99", "2024-01-31T12:00+02:75", "2024-01-31T1200", "2024-1-31"])
+def test_times_that_are_not_iso_are_refused(predictor, text):
+    assert [bad.code for bad in predictor.observe([("a", text, 1.0)]).set_aside] == ["ts.syntax"]
+
+
+@pytest.mark.parametrize("size", [9e99, 1e-30, 1e-99, 1e-120, 1e-200, 1e-308, 1e-320])
+def test_huge_and_tiny_values_leave_forecasts_and_states_finite(model, size):
+    predictor, scaled = StatefulPredictor(model, freq="h"), StatefulPredictor(model, freq="h")
+    values = np.clip(walk(30)[0] / 20, -1, 1)
+    predictor.observe([("a", stamp(i), float(x * size)) for i, x in enumerate(values)])
+    predictor.warm_up(Series("warm", START, "h", values[None] * size))
+    found = predictor.forecast(horizon=9).values
+    assert np.isfinite(found).all()
+    leaves = {name: leaf for name, leaf in predictor.state_tensors().items() if name.startswith("state.")}
+    assert all(leaf.isfinite().all() for name, leaf in leaves.items() if "known" not in name)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    if size >= 1e-99:
+        scaled.observe([("a", stamp(i), float(x)) for i, x in enumerate(values)])
+        np.testing.assert_allclose(found[0] / size, scaled.forecast(horizon=9).values[0], rtol=1e-4)
+    else:  # counts as zero
+        scaled.observe([("a", stamp(i), 0.0) for i in range(30)])
+        np.testing.assert_allclose(found[0], scaled.forecast(horizon=9).values[0], rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"values": np.full((1, 5), 1e120)}, "beyond 1e"),
+        ({"item_id": "a\0b"}, "control character"),
+        ({"item_id": "\ud800"}, "Unicode"),
+        ({"static": (1, 2)}, "2 categories, expected 1"),
+        ({"known": np.full((2, 5), 1e39)}, "beyond float32"),
+    ],
+)
+def test_a_history_that_cannot_be_taken_applies_nothing(change, text):
+    predictor = StatefulPredictor(make_model(user_features=2, static=(3,)), freq="h")
+    good = make_series("good", 5)
+    bad = replace(make_series("bad", 5, seed=1), **change)
+    with pytest.raises(ValueError, match=text):
+        predictor.warm_up([good, bad])
+    assert len(predictor) == 0
+    with pytest.raises(ValueError, match="chunk"):
+        predictor.warm_up(good, chunk=0)
+
+
+def test_a_history_off_the_grid_applies_nothing():
+    predictor = StatefulPredictor(make_model(freq="MS"), freq="MS")
+    with pytest.raises(ValueError, match="not on the grid"):
+        predictor.warm_up(Series("a", np.datetime64("2024-01-15", "ns"), "MS", walk(5)))
+    assert len(predictor) == 0
+
+
+def test_a_name_given_as_text_is_one_series_and_not_its_letters(predictor):
+    predictor.warm_up([make_series("ab", 9), make_series("a", 9), make_series("b", 9)])
+    assert predictor.fork("ab").item_ids == ("ab",)
+    assert predictor.fork(["a", "a"]).item_ids == ("a",)
+    assert predictor.evict("ab") == 1
+    assert predictor.item_ids == ("a", "b")
+    predictor.reset("a")
+    assert predictor.item_ids == ("b",)
+
+
+def test_many_bad_names_and_many_filled_cells_cost_no_more_than_their_number(model):
+    # quadratic work on this many rows takes minutes
+    many = 20_000
+    names = [f"s\0{i}" for i in range(many)]
+    assert len(from_objects(names, [START] * many, [1.0] * many, ("target",)).bad) == many
+    predictor = StatefulPredictor(model, freq="h", variates=("x", "y"))
+    ids = [f"s{i}" for i in range(5_000)]
+    predictor.observe({item: [1.0, None] for item in ids}, timestamp=START)
+    report = predictor.observe({item: [None, 2.0] for item in ids}, timestamp=START)
+    assert report.accepted == len(ids)
 
 
 def test_wrong_frames_raise_before_anything_is_applied(predictor):
@@ -475,12 +608,16 @@ def test_a_crash_inside_save_leaves_the_snapshot_before(predictor, model, tmp_pa
         replaced.append(target)
         source.rename(target)
 
-    monkeypatch.setattr(snapshot.os, "replace", crash)
+    monkeypatch.setattr(artefact.os, "replace", crash)
     with pytest.raises(OSError, match="stops here"):
         predictor.save(tmp_path)
     restored = StatefulPredictor(model, freq="h")
     restored.load(tmp_path)
     assert digest(restored) == before
+    monkeypatch.undo()
+    (tmp_path / "states-0.safetensors.partial").write_bytes(b"a crash while writing left this")
+    predictor.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_levels_are_interpolated_in_order_and_flags_say_what_to_trust(predictor):
@@ -523,12 +660,11 @@ def test_variates_of_one_step_may_come_apart_and_stream_equals_batch(model):
     whole.warm_up(histories)
     for one in histories:
         for t, (x, y, z) in zip(one.timestamps, one.values.T.tolist(), strict=True):
-            apart.observe([(one.item_id, t, [x, None, None])])
-            report = apart.observe([(one.item_id, t, [None, y, z])])
-            if apart.head(one.item_id) % P:  # the last step of a patch closes it: its second half is late
-                assert report.accepted == 1
-            else:
-                assert report.late == 1
+            assert apart.observe([(one.item_id, t, [x, None, None])]).accepted == 1
+            assert apart.observe([(one.item_id, t, [None, y, z])]).accepted == 1
+    assert_same_forecasts(whole, apart)
+    for name, tensor in whole.state_tensors().items():
+        torch.testing.assert_close(apart.state_tensors()[name], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
     frame = pd.DataFrame({"item_id": "s0", "timestamp": [stamp(13)], "x": [1.0], "y": [np.nan], "z": [2.0]})
     assert whole.observe(frame).accepted == 1
     assert whole.verify(histories, origins=3).ok
@@ -560,14 +696,46 @@ def test_known_features_of_the_user_stream_like_the_batch_and_may_be_lent_to_one
     lent = bare.forecast(horizon=6, known={"a": np.ones((2, 30))}).values
     assert not np.array_equal(blind, lent)
     np.testing.assert_array_equal(bare.forecast(horizon=6).values, blind)
-    with pytest.raises(ValueError, match="known features"):
-        bare.forecast(known={"a": np.ones((3, 30))})
+    for wrong in (np.ones((3, 30)), np.full((2, 30), np.inf), np.full((2, 30), "x")):
+        with pytest.raises(ValueError, match="known features"):
+            bare.forecast(known={"a": wrong})
+        with pytest.raises(ValueError, match="known features"):
+            bare.observe([("a", stamp(2 * P + 1), 1.0)], known={"a": wrong})
+    with pytest.raises(ValueError, match="'b': the series is not known"):
+        bare.observe([("a", stamp(2 * P + 1), 1.0)], known={"b": np.ones((2, 30))})
+    with pytest.raises(KeyError, match="'b' is not known"):
+        bare.forecast(known={"b": np.ones((2, 30))})
+    assert bare.head("a") == 2 * P + 1
     assert digest(predictor) == before
     np.testing.assert_array_equal(predictor.forecast(horizon=6).values, plain)
 
 
+def test_known_features_may_come_bit_by_bit(model):
+    model = make_model(user_features=2)
+    known = np.random.default_rng(0).normal(size=(2, 60)).astype(np.float32)
+    series = Series("a", START, "h", walk(30), known=known)
+    whole, bits, twice = (StatefulPredictor(model, freq="h") for _ in range(3))
+    whole.warm_up(series)
+    lent = np.full((2, 1), np.nan, np.float32)
+    for t, x in enumerate(series.values[0]):
+        lent = known[:, t : t + model.span + 2 * P].copy()
+        bits.observe({"a": x}, timestamp=stamp(t), known={"a": lent})
+        lent[:] = 0  # the caller's array is the caller's
+    assert_same_forecasts(whole, bits, horizon=8)
+    twice.warm_up(series.slice(0, 21))
+    twice._features.forget(0)
+    overlap = series.slice(15)
+    twice.warm_up(overlap)  # its first steps are known already, its features are not
+    bare = StatefulPredictor(model, freq="h")
+    bare.warm_up(replace(series, known=None))
+    assert not np.allclose(twice.forecast(horizon=8).values, bare.forecast(horizon=8).values)
+    assert_same_forecasts(whole, twice, horizon=8)
+
+
 def test_ten_thousand_rows_of_one_step_are_one_call_of_the_model(model, monkeypatch):
     predictor = StatefulPredictor(model, freq="h", max_series=300)
+    assert predictor.block >= 1024
+    blocks = StatefulPredictor(model, freq="h", block=128)
     calls = []
     real = Forecaster.forward
 
@@ -580,6 +748,10 @@ def test_ten_thousand_rows_of_one_step_are_one_call_of_the_model(model, monkeypa
     for step in range(2 * P):
         predictor.observe(dict.fromkeys(items, float(step)), timestamp=stamp(step))
     assert calls == [300, 300]
+    calls.clear()
+    for step in range(P):
+        blocks.observe(dict.fromkeys(items, float(step)), timestamp=stamp(step))
+    assert calls == [128, 128, 44]
 
 
 @pytest.mark.parametrize(("freq", "start"), [("MS", "2023-11-01"), ("B", "2024-02-27"), ("D", "2024-02-28T06:00")])
@@ -598,8 +770,6 @@ def test_calendar_frequencies_keep_their_own_grid(freq, start):
 
 
 def test_a_folder_says_what_it_forecasts(model, tmp_path):
-    from tsgdn.model import artefact
-
     artefact.save(model, tmp_path, series={"freq": "h", "calendar": True, "variates": ["target"], "horizon": 5})
     predictor = StatefulPredictor.from_pretrained(tmp_path, device="cpu")
     predictor.observe([("a", START, 1.0)])

@@ -24,6 +24,77 @@ from tsgdn.streaming.predictor import StatefulPredictor
 START = np.datetime64("2024-01-01T00:00:00", "ns")
 
 
+def spoilt(folder, **change):
+    """A copy of a model's config.json with something changed."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in change.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"series": "h"}, "'series' is a str"),
+        ({"series": {"horizon": "5"}}, "series.horizon is '5', expected int"),
+        ({"series": {"variates": "target"}}, "series.variates is 'target', expected list"),
+        ({"series": {"variates": [1]}}, "series.variates are [1], expected texts"),
+        ({"series": {"freq": 3}}, "series.freq is 3, expected str"),
+        ({"model": {"width": "wide"}}, "describes no model"),
+        ({"model": {"seasons": 5}}, "describes no model"),
+        ({"model": {"width": 32}}, "do not fit each other"),
+        ({"extra": 1}, "unknown section 'extra'"),
+        ({"sha256": "0"}, "is not the file that config.json was written with"),
+    ],
+)
+def test_a_folder_that_is_no_model_gets_one_line_and_exit_2(tsgdn, tmp_path, change, text):
+    folder = save_model(tmp_path)
+    spoilt(tmp_path, **change)
+    code, records, err = tsgdn(json_rows(range(3)), "--model", folder)
+    assert (code, records) == (2, [])
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_a_configuration_nested_too_deeply_is_refused(tsgdn, tmp_path):
+    folder = save_model(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    code, _, err = tsgdn("", "--model", folder)
+    assert (code, "is not JSON" in err) == (2, True)
+
+
+def test_weights_of_another_type_are_refused(tmp_path):
+    model = Forecaster(patch_size=4, width=16, depth=1).double()
+    artefact.save(model, tmp_path)
+    with pytest.raises(artefact.ArtefactError, match=r"float64, expected .* float32"):
+        artefact.load(tmp_path)
+
+
+def test_a_crash_while_a_model_is_saved_leaves_one_model_or_none(tmp_path, monkeypatch):
+    folder = save_model(tmp_path)
+    before = artefact.fingerprint(artefact.load(folder))
+    real = os.replace
+    for stops in range(3):
+        calls = []
+
+        def crash(source, target, calls=calls, stops=stops):
+            if len(calls) == stops:
+                raise OSError("the machine stops here")
+            calls.append(target)
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(artefact.os, "replace", crash)
+            with pytest.raises(OSError, match="stops here"):
+                save_model(tmp_path, seed=1)
+        if stops == 0:
+            assert artefact.fingerprint(artefact.load(folder)) == before
+        elif stops == 1:  # new weights, old configuration
+            with pytest.raises(artefact.ArtefactError, match="written with"):
+                artefact.load(folder)
+    assert artefact.fingerprint(artefact.load(folder)) != before
+
+
 def save_model(folder, seed=0, variates=("target",), freq="h"):
     torch.manual_seed(seed)
     size = Clock(freq).calendar_size
@@ -141,7 +212,7 @@ BAD_LINES = {
     "value.type": b'{"item_id": "a", "timestamp": "2024-01-01T09:00", "target": "1.5"}',
     "value.type ": b'{"item_id": "a", "timestamp": "2024-01-01T09:00", "target": true}',
     "value.type  ": b'{"item_id": "a", "timestamp": "2024-01-01T09:00", "target": [1]}',
-    "value.range": b'{"item_id": "a", "timestamp": "2024-01-01T09:00", "target": 1e200}',
+    "value.range": b'{"item_id": "a", "timestamp": "2024-01-01T09:00", "target": 1.1e100}',
     "row.column": b'{"item_id": "a", "timestamp": "2024-01-01T09:00", "target": 1, "colour": "red"}',
     "row.column ": b'{"item_id": "a", "target": 1}',
     "line.utf8": b'{"item_id": "\xff", "timestamp": "2024-01-01T09:00", "target": 1}',
@@ -264,6 +335,9 @@ def test_a_wrong_schema_stops_before_anything_is_applied(tsgdn, model, tmp_path,
         (["--quantiles", "nan"], "--quantiles"),
         (["--tick", "0"], "--tick"),
         (["--tick", "5s"], "--tick"),
+        (["--tick", "9" * 400 + "ms"], "--tick"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "device 'cuda' is not available")]),
         (["--freq", "D"], "fitted on 'h'"),
         (["--freq", "fortnight"], "fortnight"),
         (["--max-series", "0"], "--max-series"),
@@ -313,6 +387,79 @@ def test_a_row_far_ahead_is_not_lost(tsgdn, model, tmp_path):
     assert [(bad["code"], bad["raw"]) for bad in dead(letter)] == [("ts.jump", far)]
 
 
+def test_a_row_far_ahead_is_counted_and_what_it_said_is_kept_over_a_restart(tsgdn, model, tmp_path):
+    letter, state = tmp_path / "dead.jsonl", tmp_path / "state"
+    options = ["--model", model, "--dead-letter", str(letter), "--state", str(state)]
+    _, _, err = tsgdn(json_rows(range(5)) + json_row(400_000, "12.25"), *options)
+    assert "1 held" in err
+    assert dead(letter) == []
+    _, _, err = tsgdn(json_rows(range(5, 8)), *options)
+    assert "held" not in err
+    (bad,) = dead(letter)
+    assert bad["code"] == "ts.jump"
+    assert json.loads(bad["raw"]) == ["a", iso(400_000)[:16].replace("T", " "), [12.25]]
+
+
+def test_forecasts_that_find_no_room_end_the_stream_but_lose_no_row(tsgdn, model, tmp_path, monkeypatch, capsys):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdin", Pipe(io.BytesIO(json_rows(range(5)).encode())))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Pipe(Full()))
+        assert main(["stream", "--model", model, "--state", str(tmp_path), "--tick", "2"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    predictor = StatefulPredictor.from_pretrained(model, device="cpu")
+    predictor.load(tmp_path)
+    assert predictor.head("a") == 2
+
+
+def test_states_that_a_bug_left_half_changed_are_not_saved(tsgdn, model, tmp_path, monkeypatch):
+    tsgdn(json_rows(range(3)), "--model", model, "--state", str(tmp_path))
+    before = (tmp_path / "header.json").read_bytes()
+
+    real = StatefulPredictor.observe
+
+    def broken(self, rows, **more):
+        if rows.values[0, 0] == 0.5:
+            self._ledger.head += 1
+            raise RuntimeError("a bug")
+        return real(self, rows, **more)
+
+    monkeypatch.setattr(StatefulPredictor, "observe", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        tsgdn(json_rows(range(3, 5)) + json_row(5, "0.5"), "--model", model, "--state", str(tmp_path))
+    assert (tmp_path / "header.json").read_bytes() == before
+
+
+def test_a_reader_that_goes_away_before_a_refusal_leaves_the_rows(model, tmp_path, monkeypatch, capsys):
+    class Gone(io.BytesIO):
+        def write(self, data):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    data = json_rows(range(5)).encode() + b"\x80garbage\n" * 100
+    monkeypatch.setattr(sys, "stdin", Pipe(io.BytesIO(data)))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Pipe(Gone()))
+        assert main(["stream", "--model", model, "--state", str(tmp_path), "--tick", "1000"]) == 2
+    assert "100 unreadable lines" in capsys.readouterr().err
+    predictor = StatefulPredictor.from_pretrained(model, device="cpu")
+    predictor.load(tmp_path)
+    assert predictor.head("a") == 5
+
+
+def test_a_closed_standard_input_is_named(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["stream", "--model", model]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_reason_for_a_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["doctor"]) == 0
+
+
 def test_states_saved_and_taken_up_again_continue_as_if_uninterrupted(tsgdn, model, tmp_path):
     _, want, _ = tsgdn(json_rows(range(20), ("a", "b")), "--model", model)
     state = ["--model", model, "--state", str(tmp_path / "state")]
@@ -360,6 +507,31 @@ def test_several_variates_come_as_columns(tsgdn, tmp_path):
         f"{'' if step == 2 else -step},{iso(step)},{step},a\n" for step in range(6)
     ), "--model", folder)  # fmt: skip
     assert (same, again) == (0, records)
+
+
+def test_variates_may_come_in_lines_of_their_own(tsgdn, tmp_path):
+    folder = save_model(tmp_path, variates=("x", "y"))
+    apart = [{"x": step, "y": -step} for step in range(9)]
+    lines = [
+        json.dumps({"item_id": "a", "timestamp": iso(step), name: row[name]})
+        for step, row in enumerate(apart)
+        for name in row
+    ]
+    whole = [json.dumps({"item_id": "a", "timestamp": iso(step), **row}) for step, row in enumerate(apart)]
+    code, _, err = tsgdn("\n".join(lines), "--model", folder, "--strict")
+    assert code == 0
+    assert "18 accepted" in err
+    _, want, _ = tsgdn("\n".join(whole), "--model", folder, "--tick", "9")
+    last, wanted = tsgdn("\n".join(lines), "--model", folder, "--tick", "18")[1][-1], want[-1]
+    for name in "xy":
+        np.testing.assert_allclose(last["quantiles"][name]["0.5"], wanted["quantiles"][name]["0.5"], rtol=1e-5)
+    _, _, err = tsgdn(lines[0] + f'\n{{"item_id": "a", "timestamp": "{iso(1)}"}}', "--model", folder)
+    assert "row.column" in err
+
+
+def test_quantiles_that_look_alike_are_all_there(tsgdn, model):
+    _, records, _ = tsgdn(json_rows(range(3)), "--model", model, "--quantiles", "0.5,0.50000001")
+    assert list(records[-1]["quantiles"]) == ["0.5", "0.50000001"]
 
 
 def test_lines_are_read_in_bounded_memory():

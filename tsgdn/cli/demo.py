@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     if args.epochs is not None and args.epochs < 1:
         raise Misuse(f"--epochs {args.epochs}: expected at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise Misuse(f"--out {args.out} is a file; give a folder")
     task = _task(args.dataset)
     _say("1/3", f"fitting a Gated DeltaNet forecaster on {task.name} ({task.horizon} steps of {task.freq} ahead)")
     folder = _fit(args)
@@ -76,7 +78,7 @@ def _fit(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _evaluate(folder: Path, task: Any, out: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+def _evaluate(folder: Path, task: Any, out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """`tsgdn evaluate`: the scores by forecaster, the model's as GluonTS computes them, and the files it wrote."""
     from tsgdn.cli import evaluate
 
@@ -85,8 +87,8 @@ def _evaluate(folder: Path, task: Any, out: Path) -> tuple[dict[str, dict[str, f
     options = parser.parse_args(["--model", str(folder), "--dataset", task.name, "--out", str(out)])
     with contextlib.redirect_stdout(sys.stderr):
         code = evaluate.run(options)
-    if code:
-        raise RuntimeError("GluonTS and tsgdn computed different scores; see above")
+    if code:  # it has said why
+        raise SystemExit(code)
     found = json.loads((out / "scores.json").read_text())
     return {row["forecaster"]: {**row, **row.pop("gluonts", {})} for row in found["rows"]}, found["files"]
 

@@ -89,12 +89,15 @@ class Parser:
         if (b"\\" in raw or raw.count(b'"') != 2 * (len(record) + text_values)) and _repeats(raw):
             return BadLine("json.duplicate", "a key comes twice")
         if self.roles is None:
-            self.roles = self._columns(list(record), f"line {line.number}")
+            given = list(record)
+            if any(name in record for name in self.variates):  # the others may come in rows of their own
+                given += [name for name in self.variates if name not in record]
+            self.roles = self._columns(given, f"line {line.number}")
         item, stamp, *targets = self.roles
         if len(record) > len(self.roles) or any(name not in self.roles for name in record):
             extra = sorted(set(record) - set(self.roles))
             return BadLine("row.column", f"unknown column {extra[0]!r:.60}; expected {', '.join(self.roles)}")
-        if item not in record or stamp not in record or (len(targets) == 1 and targets[0] not in record):
+        if item not in record or stamp not in record or not any(name in record for name in targets):
             lacking = [name for name in self.roles if name not in record]
             return BadLine("row.column", f"column {lacking[0]!r} is missing")
         values = record[targets[0]] if len(targets) == 1 else [record.get(name) for name in targets]

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         code = dispatch(name, rest)
-        sys.stdout.flush()  # a closed pipe must be noticed here, not at exit
+        print(end="", flush=True)  # a closed pipe must be noticed here, not at exit
         return code
     except Misuse as error:
         return _told(name, error, 2)
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough. What is left in the buffer must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _told(name, error, 2)
     except OSError as error:
         return _told(name, error, 1)

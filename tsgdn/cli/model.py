@@ -42,6 +42,23 @@ def from_checkpoint(path: Path) -> tuple[Forecaster, dict[str, Any]]:
     Raises:
         Misuse: the file is no checkpoint of ours.
     """
+    checkpoint = read_checkpoint(path)
+    plain = checkpoint["tsgdn"]
+    try:
+        model = Forecaster(**plain["model"])
+        model.load_state_dict({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()})
+        return model.eval(), dict(plain["series"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = str(error).split("\n")[0]
+        raise Misuse(f"{path} does not hold the model that it describes: {text}") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `tsgdn fit` wrote: weights, the state of the run, and under "tsgdn" what rebuilds the model.
+
+    Raises:
+        Misuse: the file is no checkpoint of ours.
+    """
     if not path.is_file():
         raise Misuse(f"there is no checkpoint {path}; `tsgdn fit` writes one and prints its path")
     try:
@@ -49,12 +66,9 @@ def from_checkpoint(path: Path) -> tuple[Forecaster, dict[str, Any]]:
     except Exception as error:  # torch raises many kinds, with advice that nobody should follow
         raise Misuse(f"{path} cannot be read as a checkpoint of tensors and plain values") from error
     plain = checkpoint.get("tsgdn") if isinstance(checkpoint, dict) else None
-    if not isinstance(plain, dict) or plain.get("format") != 1:
+    if not isinstance(plain, dict) or plain.get("format") != 1 or not isinstance(plain.get("model"), dict):
         raise Misuse(f"{path} is not a checkpoint that this version of `tsgdn fit` wrote")
-    model = Forecaster(**plain["model"])
-    prefix = "model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()})
-    return model.eval(), dict(plain["series"])
+    return checkpoint
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +88,8 @@ def run_verify(args: argparse.Namespace) -> int:
     """Streams series step by step and compares the forecasts with the batch's; 1 when they differ."""
     if min(args.series, args.steps, args.origins) < 1:
         raise Misuse("--series, --steps and --origins must be at least 1")
+    if not args.rtol > 0:
+        raise Misuse(f"--rtol is {args.rtol}, expected a positive number such as 1e-5")
     try:
         predictor = StatefulPredictor.from_pretrained(args.model, device=args.device)
         info = read_series_info(args.model)
@@ -94,6 +110,8 @@ def run_verify(args: argparse.Namespace) -> int:
         print(json.dumps({"ok": report.ok, **report._asdict()}))
     else:
         print(f"stream and batch {verdict}: {report.forecasts} forecasts, largest difference {report.error:.2e} scales")
+    if not report.forecasts:
+        raise Misuse("no series has a step from which forecasts could be compared; give another --dataset or --steps")
     if not report.ok:
         print(
             f"tsgdn verify: the worst is {item!r} after {origin} steps; the bound is {report.rtol:g}", file=sys.stderr

@@ -118,7 +118,9 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
     if args.source.startswith("replay:"):
         source = _replayed(args.source.removeprefix("replay:"), predictor)
     elif args.source == "-":
-        source = read_lines(getattr(sys.stdin, "buffer", sys.stdin))  # pyright: ignore[reportArgumentType]
+        if sys.stdin is None:
+            raise Misuse("--source -: standard input is closed")
+        source = read_lines(getattr(sys.stdin, "buffer", sys.stdin))
     else:
         source = read_lines(stack.enter_context(Path(args.source).expanduser().open("rb", buffering=0)))
     return predictor, source, levels, tick, dead
@@ -152,61 +154,73 @@ class Stream:
         self.seq = 0
         self.stopping = False
         self.unreadable = 0
-        self.pending: dict[tuple[str, str], tuple[int, bytes]] = {}  # lines of rows that the predictor holds back
+        # lines of rows that the predictor holds back; of those in the states of an earlier run what they said
+        self.pending: dict[tuple[str, str], tuple[int, bytes]] = {
+            (item, stamp): (0, json.dumps([item, stamp, values], ensure_ascii=False).encode())
+            for (item, stamp), values in predictor.held().items()
+        }
+        self.batch: list[Row] = []
+        self.members: set[str] = set()  # series in it
         self.log_window, self.log_count, self.log_dropped = 0.0, 0, 0
         replaying = args.source.startswith("replay:")
         self.parser = Parser("rows" if replaying else args.format, predictor.variates)
 
     def run(self) -> int:
-        """Reads, observes, forecasts; saves at the end, whatever ends it."""
+        """Reads, observes, forecasts; saves at the end, but no states that a bug has left half changed."""
         from tsgdn.cli.main import Misuse
 
         handlers = self._install_signals()
-        saved = time.monotonic()
         began = time.monotonic()
-        batch: list[Row] = []
-        members: set[Any] = set()
-        deadline = None
+        failure = None
         try:
-            for lines in self.source:
-                now = time.monotonic()
-                for line in lines or ():
-                    row = self._row(line)
-                    if row is None:
-                        continue
-                    member = row.item_id if isinstance(row.item_id, str | int) else None
-                    if batch and self.tick.apart and member in members:
-                        self._observe(batch)
-                        batch, members = [], set()
-                    if not batch:
-                        deadline = time.monotonic() + self.tick.seconds
-                    batch.append(row)
-                    members.add(member)
-                    if len(batch) >= self.tick.rows:
-                        self._observe(batch)
-                        batch, members = [], set()
-                if batch and (deadline is None or now >= deadline or (lines is None and self.tick.apart)):
-                    self._observe(batch)
-                    batch, members = [], set()
-                if self.args.state is not None and now - saved >= self.args.checkpoint_every:
-                    self._save()
-                    saved = time.monotonic()
-                if self.stopping:
-                    break
-            self._observe(batch)
-        except BrokenPipeError:
-            self._silence_stdout()
-        except Misuse:
-            self._observe(batch)
-            raise
-        finally:
-            self._restore_signals(handlers)
+            for part in (self._pump, self._flush):  # what was read before a failure counts
+                try:
+                    part()
+                except BrokenPipeError:
+                    self._silence_stdout()
+                except (Misuse, OSError) as error:
+                    failure = failure or error
             if self.counts["rows"]:
                 self._save()
-            if self.counts["rows"] or sys.exc_info()[0] is None:
+            if self.counts["rows"] or failure is None:
                 self._summary(time.monotonic() - began)
+        finally:
+            self._restore_signals(handlers)
+        if failure is not None:
+            raise failure
         bad = self.counts["rejected"] + self.counts["late"] + self.counts["unreadable"]
         return 2 if self.args.strict and bad else 0
+
+    def _pump(self) -> None:
+        """Reads until the source ends or a signal asks to stop."""
+        saved, deadline = time.monotonic(), 0.0
+        for lines in self.source:
+            now = time.monotonic()
+            for line in lines or ():
+                row = self._row(line)
+                if row is None:
+                    continue
+                member = str(row.item_id)
+                if self.tick.apart and member in self.members:
+                    self._flush()
+                if not self.batch:
+                    deadline = time.monotonic() + self.tick.seconds
+                self.batch.append(row)
+                self.members.add(member)
+                if len(self.batch) >= self.tick.rows:
+                    self._flush()
+            if now >= deadline or (lines is None and self.tick.apart):
+                self._flush()
+            if self.args.state is not None and now - saved >= self.args.checkpoint_every:
+                self._save()
+                saved = time.monotonic()
+            if self.stopping:
+                break
+
+    def _flush(self) -> None:
+        """Takes in the rows of a tick, each once whatever happens meanwhile."""
+        batch, self.batch, self.members = self.batch, [], set()
+        self._observe(batch)
 
     # ---- in ---------------------------------------------------------------------------------------------------------
 
@@ -283,7 +297,7 @@ class Stream:
         predictor = self.predictor
         forecast = predictor.forecast(items, quantile_levels=self.levels)
         origins = predictor.clock.timestamp(forecast.start, -1)
-        names = [f"{level:g}" for level in self.levels]
+        names = [str(level) for level in self.levels]
         lines = []
         for b, item in enumerate(items):
             origin, start = _iso(origins[b]), _iso(forecast.start[b])
@@ -347,9 +361,9 @@ class Stream:
         self._tell_dropped()
         counts = self.counts
         kinds = ", ".join(f"{code} {count}" for code, count in sorted(self.codes.items()))
-        parts = [
-            f"{counts[name]} {name}" for name in ("accepted", "missing", "duplicate", "late", "rejected", "unreadable")
-        ]
+        counts["held"] = len(self.pending)
+        names = ("accepted", "missing", "duplicate", "late", "rejected", "held", "unreadable")
+        parts = [f"{counts[name]} {name}" for name in names if counts[name] or name != "held"]
         _log(
             f"{counts['rows']} rows in {seconds:.1f} s: {', '.join(parts)}; {counts['gap']} absent steps, "
             f"{len(self.predictor)} series, {counts['forecasts']} forecasts"
@@ -447,7 +461,7 @@ def _tick(text: str, emit: str) -> Tick:
 
     if text == "auto":
         return Tick(16_384, 0.05, emit != "none")
-    match = re.fullmatch(r"(\d+)(ms)?", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})(ms)?", text, re.ASCII)
     if match is None or int(match[1]) < 1:
         raise Misuse(f"--tick is {text!r}, expected rows such as 512, milliseconds such as 50ms, or auto")
     if match[2]:

@@ -6,12 +6,14 @@ safetensors. Both are read as data: no pickle, no class path, no address.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from tsgdn.model.forecaster import Forecaster
 
@@ -25,7 +27,7 @@ class ArtefactError(ValueError):
 
 
 def save(model: Forecaster, folder: str | Path, *, series: dict[str, Any] | None = None) -> Path:
-    """Writes the model.
+    """Writes the model. Files are replaced whole; a crash between them leaves a folder that `load` refuses.
 
     Args:
         model: its weights are stored as they are.
@@ -37,43 +39,76 @@ def save(model: Forecaster, folder: str | Path, *, series: dict[str, Any] | None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": FORMAT, "model": model.config, "series": dict(series or {})}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    (folder / CARD).write_text(_card(model, config["series"]))
+    weights = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    config = {"format": FORMAT, "model": model.config, "series": dict(series or {}), "sha256": _sha256(weights)}
+    text = json.dumps(config, indent=1, sort_keys=True) + "\n"  # fails, if it does, before anything is written
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / CONFIG, text.encode())
+    write_whole(folder / CARD, _card(model, config["series"]).encode())
     return folder
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a crash at any moment leaves the old one or the new one, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def load(folder: str | Path, *, device: torch.device | str = "cpu") -> Forecaster:
     """Reads a model that `save` wrote, in evaluation mode.
 
     Raises:
-        ArtefactError: files are missing or broken, of a newer format, do not fit each other, or hold NaN.
+        ArtefactError: files are missing or broken, of a newer format, do not fit each other, or hold NaN; or there is
+            no such device.
     """
     folder = Path(folder)
     config = _read_config(folder)
     try:
-        model = Forecaster(**config["model"])
-    except (TypeError, ValueError) as error:
-        raise ArtefactError(f"{folder / CONFIG}: {error}") from error
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a CPU build asserts
+        raise ArtefactError(f"device {str(device)!r} is not available here: {error}") from None
     try:
-        tensors = load_file(folder / WEIGHTS, device=str(device))
+        weights = (folder / WEIGHTS).read_bytes()
+        tensors = load_tensors(weights)
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"{folder / WEIGHTS} cannot be read as safetensors: {error}") from error
-    wanted = model.state_dict()
-    differing = sorted(
-        name
-        for name in wanted.keys() | tensors.keys()
-        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
-    )
+    if config.get("sha256", _sha256(weights)) != _sha256(weights):
+        raise ArtefactError(f"{folder}: {WEIGHTS} is not the file that {CONFIG} was written with; export it again")
+    try:
+        model = Forecaster(**config["model"])
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{folder / CONFIG} describes no model: {error}") from error
+    differing = _differences(model.state_dict(), tensors)
     if differing:
-        raise ArtefactError(f"{folder}: weights and config.json do not fit each other at {', '.join(differing[:3])}")
+        raise ArtefactError(f"{folder}: weights and {CONFIG} do not fit each other: {'; '.join(differing[:3])}")
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ArtefactError(f"{folder}: {bad[0]} holds NaN or infinity; fit the model again")
     model.load_state_dict(tensors)
     return model.to(device).eval()
+
+
+def _differences(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    """Where tensors do not have the names, shapes and types that a model wants."""
+
+    def said(tensor: torch.Tensor | None) -> str:
+        return "nothing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+    pairs = ((name, said(wanted.get(name)), said(found.get(name))) for name in sorted(wanted.keys() | found.keys()))
+    return [f"{name} is {is_}, expected {should}" for name, should, is_ in pairs if is_ != should]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_series_info(folder: str | Path) -> dict[str, Any]:
@@ -104,14 +139,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > CONFIG_LIMIT:
         raise ArtefactError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {CONFIG_LIMIT}")
     try:
-        config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ArtefactError(f"{path} has no section 'model'; was it written by `tsgdn fit`?")
     if config.get("format") != FORMAT:
         raise ArtefactError(f"{path} has format {config.get('format')!r}, this version reads {FORMAT}; update tsgdn")
+    unknown = sorted(config.keys() - {"format", "model", "series", "sha256"})
+    if unknown:
+        raise ArtefactError(f"{path} has an unknown section {unknown[0]!r}; update tsgdn")
     config.setdefault("series", {})
+    kinds = {"freq": str, "calendar": bool, "variates": list, "horizon": int}
+    if not isinstance(config["series"], dict):
+        raise ArtefactError(f"{path}: section 'series' is a {type(config['series']).__name__}, expected an object")
+    for name, kind in kinds.items():
+        value = config["series"].get(name)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise ArtefactError(f"{path}: series.{name} is {value!r:.60}, expected {kind.__name__}")
+    if not all(isinstance(name, str) for name in config["series"].get("variates") or ()):
+        raise ArtefactError(f"{path}: series.variates are {config['series']['variates']!r:.60}, expected texts")
     return config
 
 

@@ -45,8 +45,12 @@ class KnownFeatures:
         self._tables: dict[int, tuple[int, np.ndarray]] = {}
 
     def give(self, slot: int, first: int, block: Float[np.ndarray, "F n"]) -> None:
-        """Sets the user's features of a series from step `first` on."""
-        self._given[slot] = (first, np.asarray(block, np.float32))
+        """Writes the user's features of a series from step `first` on over those that it holds."""
+        self.trim(np.array([slot]))
+        held = self._given.get(slot)
+        if held is not None and first - held[0] - held[1].shape[1] > TABLE_LIMIT:
+            held = None  # silence that long is skipped, and what was known of its beginning with it
+        self._given[slot] = _overlaid(held, first, block)
 
     def given(self, slot: int) -> tuple[int, np.ndarray] | None:
         """What `give` set and is still ahead."""
@@ -136,13 +140,19 @@ class KnownFeatures:
         return table, low
 
     def checked(self, item: str, block: Any) -> Float[np.ndarray, "F n"]:
-        """The user's features as an array of the right shape; raises ValueError for another."""
-        block = np.asarray(block, np.float32)
+        """The user's features as an array of our own; raises ValueError for a wrong shape, text or infinity."""
+        try:
+            with np.errstate(over="ignore"):
+                block = np.array(block, np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"known features of {item!r} are no array of numbers: {error}") from None
         if block.ndim != 2 or len(block) != self.user_features:
             raise ValueError(
                 f"known features of {item!r} have shape {block.shape}, expected ({self.user_features}, steps): "
                 "the calendar is added here"
             )
+        if np.isinf(block).any():
+            raise ValueError(f"known features of {item!r} are beyond float32: rescale them, and leave NaN where absent")
         return block
 
     def trim(self, slots: np.ndarray) -> None:

@@ -29,8 +29,8 @@ class ParityReport(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the bound."""
-        return self.error <= self.rtol
+        """Whether forecasts were compared and the error is within the bound."""
+        return self.forecasts > 0 and self.error <= self.rtol
 
 
 @torch.no_grad()
@@ -39,13 +39,18 @@ def verify(
 ) -> ParityReport:
     """See `StatefulPredictor.verify`."""
     items = [data] if isinstance(data, Series) else list(data)
+    if not rtol > 0:
+        raise ValueError(f"rtol is {rtol}, expected a positive number")
     P, S = predictor.model.patch_size, predictor.model.span
     horizon = min(predictor.model.direct_steps, horizon or predictor.model.direct_steps)
     worst, error, count = ("", 0), 0.0, 0
     for series in items:
+        predictor.check_history(series)
         twin = predictor._empty_twin()
         twin._judge = Judge(twin.clock, twin.variates, max_jump=len(series) + 1, max_series=None, create=True)
         T = len(series)
+        if not T:
+            continue
         stamps = series.timestamps
         chosen = sorted({max(1, round(x)) for x in np.linspace(min(P, T), T, max(1, origins))} | {max(1, T - 1)})
         twin.warm_up(series.slice(0, 1))  # sets the start, the categories and the known features
@@ -86,7 +91,7 @@ def verify(
                 continue  # long silence: no token was read here
             begin = phase or P
             parallel = quantiles.unscaled()[0, :, 0, begin : begin + horizon].cpu().numpy()
-            seen = ~np.isnan(streamed).all(axis=(1, 2))
+            seen = np.asarray((~np.isnan(series.values[:, :origin])).any(axis=1))
             scale = quantiles.scale[0, :, 0].cpu().numpy()[:, None, None]
             apart = np.abs(streamed - parallel) / scale
             apart = np.where(np.isnan(apart), np.inf, apart)

@@ -124,8 +124,8 @@ class Ledger:
     """What the host knows of each series without asking the model: its clock and its last cells.
 
     `recent` is a ring: the cell of step s lies at s modulo its length of two patches. The steps from `applied` to
-    `head` are in the ring only; they reach the model when their patch is full, so that a row inside a patch costs no
-    model call.
+    `head` are in the ring only; they reach the model when their patch is finished, so that a row inside a patch costs
+    no model call.
 
     Attributes:
         start: timestamp of step 0, UTC.

@@ -4,12 +4,12 @@
     predictor.observe(frame)                     # each row counts once, in whatever order rows come
     predictor.forecast(horizon=24)               # changes nothing
 
-The cells of an unfinished patch wait in the ledger; when a patch is full, the model takes it in, all series of a call
-in one batch. A forecast gives the waiting cells to a copy of the state. By the law of this package neither can be told
-from streaming step by step, or from one pass over the whole history.
+The cells of an unfinished patch wait in the ledger. When all of them are told, or a row beyond them comes, the model
+takes the patch in, all series of a call in one batch. A forecast gives the waiting cells to a copy of the state. By the
+law of this package neither can be told from streaming step by step, or from one pass over the whole history.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
@@ -28,7 +28,7 @@ from tsgdn.streaming import parity, snapshot
 from tsgdn.streaming.known import KnownFeatures
 from tsgdn.streaming.parity import ParityReport
 from tsgdn.streaming.pool import Ledger, StatePool
-from tsgdn.streaming.rows import Rows, printable, read_rows
+from tsgdn.streaming.rows import LARGEST, Rows, item_id_problem, printable, read_rows, sizable
 from tsgdn.streaming.verdicts import Books, Held, Judge, ObserveReport, Plan, joined, told
 from tsgdn.types import Batch, ForecastBatch
 
@@ -56,7 +56,8 @@ class StatefulPredictor:
             larger of 10,000 and four of the longest seasons.
         horizon: of a forecast that names none; the default is what one pass covers.
         min_values: below so many observed values a forecast carries the flag "cold"; the default is two patches.
-        block: series that go through the model together at most.
+        block: series that go through the model together at most; the default is 1,024 on a CPU, whose caches they
+            should fit, and 16,384 elsewhere.
 
     Raises:
         ValueError: the model takes fewer known features than the calendar has, or an argument is out of range.
@@ -75,7 +76,7 @@ class StatefulPredictor:
         max_jump: int | None = None,
         horizon: int | None = None,
         min_values: int | None = None,
-        block: int = 16_384,
+        block: int | None = None,
     ) -> None:
         self.clock = Clock(freq)
         self.model = (model if device == "auto" else model.to(device)).eval()
@@ -87,10 +88,15 @@ class StatefulPredictor:
         self.horizon = model.direct_steps if horizon is None else horizon
         max_jump = max(10_000, 4 * max(self.clock.seasons)) if max_jump is None else max_jump
         self.min_values = 2 * model.patch_size if min_values is None else min_values
-        for name, number in (("max_series", max_series), ("max_jump", max_jump), ("horizon", self.horizon)):
+        for name, number in (
+            ("max_series", max_series),
+            ("max_jump", max_jump),
+            ("horizon", self.horizon),
+            ("block", block),
+        ):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is {number}, expected at least 1")
-        self.block = block
+        self.block = block or (1024 if self._device.type == "cpu" else 16_384)
         self._judge = Judge(
             self.clock, self.variates, max_jump=max_jump, max_series=max_series, create=on_unknown == "create"
         )
@@ -165,9 +171,9 @@ class StatefulPredictor:
         """Steps seen of a series, valued or not: the index of the next one."""
         return int(self._ledger.head[self._slots_of([item_id])[0]])
 
-    def held(self) -> set[tuple[str, str]]:
-        """Item and time of the rows that wait for others to agree with them; they are saved with the states."""
-        return {(item, show(row.stamp)) for item, rows in self._held.items() for row in rows}
+    def held(self) -> dict[tuple[str, str], list[float | None]]:
+        """The rows that wait for others to agree with them, values by item and time; they are saved with the states."""
+        return {(item, show(row.stamp)): _plain(row.values) for item, rows in self._held.items() for row in rows}
 
     # ---- observe ----------------------------------------------------------------------------------------------------
 
@@ -189,15 +195,19 @@ class StatefulPredictor:
                 `timestamp`; three arrays (item_ids, timestamps, values); or rows (item_id, timestamp, value). Values
                 are in the unit of the series; NaN, None and absent steps are missing.
             timestamp: of all rows, where the data has none. Without an offset times are UTC.
-            known: known-future features without the calendar, (F, n) per item from its next step on.
+            known: known-future features without the calendar, (F, n) per item from its next step on; NaN = absent.
+                They are written over what was given before.
             errors: "report" sets single bad rows aside; "raise" applies all rows or none.
 
         Returns:
             Counts, and every row set aside.
 
         Raises:
-            ValueError: wrong columns, types or variates, or a bad row with errors="raise"; nothing has been applied.
+            ValueError: wrong columns, types, variates or known features, or a bad row with errors="raise"; nothing has
+                been applied.
         """
+        if errors not in ("report", "raise"):
+            raise ValueError(f"errors is {errors!r}, expected 'report' or 'raise'")
         rows = read_rows(data, timestamp=timestamp, variates=self.variates)
         if rows.values.shape[1] != len(self.variates):
             raise ValueError(f"rows have {rows.values.shape[1]} values, expected {len(self.variates)}")
@@ -208,7 +218,11 @@ class StatefulPredictor:
                 f"{worst.code}: item {worst.item_id} at {worst.timestamp}: {worst.text} "
                 f"({len(plan.bad)} bad rows, nothing was applied)"
             )
-        return self._apply(plan, known)
+        features = {item: self._features.checked(item, block) for item, block in (known or {}).items()}
+        stray = [item for item in features if item not in self._slots]
+        if stray and not set(stray) <= {*plan.touched, *(bad.item_id for bad in rows.bad)}:
+            raise ValueError(f"known features of {printable(stray[0])!r}: the series is not known and has no row here")
+        return self._apply(plan, features)
 
     def step(
         self,
@@ -233,23 +247,16 @@ class StatefulPredictor:
             chunk: steps that go through the model at once.
 
         Raises:
-            ValueError: a series of another frequency or with other variates; nothing has been applied.
+            ValueError: a series of another frequency, with other variates, features or categories, with a name or value
+                that cannot be taken; nothing has been applied.
         """
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}, expected at least 1 step")
         items = [data] if isinstance(data, Series) else data
         if not isinstance(items, list | tuple) or not all(isinstance(item, Series) for item in items):
             return self.observe(data)
         for series in items:
-            if series.clock != self.clock:
-                raise ValueError(f"series {series.item_id!r} has freq {series.freq!r}, the predictor {self.freq!r}")
-            if len(series.values) != len(self.variates):
-                raise ValueError(
-                    f"series {series.item_id!r} has {len(series.values)} variates, expected {', '.join(self.variates)}"
-                )
-            if series.known is not None and len(series.known) != self._features.user_features:
-                raise ValueError(
-                    f"series {series.item_id!r} has {len(series.known)} known features, "
-                    f"expected {self._features.user_features}"
-                )
+            self.check_history(series)
         if len({series.item_id for series in items}) < len(items):
             raise ValueError("warm_up got two histories of one item: join them first")
         new = [series for series in items if series.item_id not in self._slots and len(series)]
@@ -267,15 +274,17 @@ class StatefulPredictor:
             slot = self._slots[series.item_id]
             (step,), (on_grid,) = self.clock.steps(self._ledger.start[[slot]], series.start)
             gap = int(step) - int(self._ledger.head[slot])
+            if series.known is not None and on_grid:
+                begin = max(int(step), int(self._ledger.applied[slot]))
+                block = self._features.checked(series.item_id, series.known[:, begin - int(step) :])
+                self._features.give(slot, begin, block)
             if gap < 0 or not on_grid:  # it overlaps with what is known: row by row
                 stamps = self.clock.timestamp(series.start, np.arange(len(series)))
                 places = np.arange(len(series))
-                one = self.observe(Rows([series.item_id] * len(series), stamps, series.values.T, places, []))
+                one = self.observe(Rows([series.item_id] * len(series), stamps, sizable(series.values.T), places, []))
             else:
-                if series.known is not None:
-                    self._features.give(slot, int(step), series.known)
                 slots.append(slot)
-                pieces.append([Piece(gap, series.values, np.ones(series.values.shape, bool))])
+                pieces.append([Piece(gap, sizable(series.values), np.ones(series.values.shape, bool))])
                 absent = int(np.isnan(series.values).all(0).sum())
                 one = ObserveReport(accepted=len(series) - absent, missing=absent, gap=gap)
             report = joined(report, one)
@@ -283,15 +292,34 @@ class StatefulPredictor:
         self.last_report = report
         return report
 
+    def check_history(self, series: Series) -> None:
+        """Raises ValueError for a series that `warm_up` cannot take."""
+        name = f"series {printable(series.item_id)!r}"
+        problem = item_id_problem(series.item_id) if isinstance(series.item_id, str) else "the item_id is no text"
+        if problem:
+            raise ValueError(f"{name}: {problem}")
+        if series.clock != self.clock:
+            raise ValueError(f"{name} has freq {series.freq!r}, the predictor {self.freq!r}")
+        if not self.clock.on_grid(series.start):
+            raise ValueError(f"{name} starts at {show(series.start)}, which is not on the grid of {self.freq!r}")
+        if len(series.values) != len(self.variates):
+            raise ValueError(f"{name} has {len(series.values)} variates, expected {', '.join(self.variates)}")
+        if (np.abs(series.values) > LARGEST).any():
+            raise ValueError(f"{name} has a value beyond {LARGEST:g}: rescale the series")
+        if series.known is not None:
+            self._features.checked(series.item_id, series.known)
+        categories = len(self.model.config["static_cardinalities"])
+        if series.static and categories and len(series.static) != categories:
+            raise ValueError(f"{name} has {len(series.static)} categories, expected {categories}")
+
     def register(self, item_ids: Iterable[str]) -> None:
         """Names series that may come where unknown ones are rejected."""
-        self._registered.update(item_ids)
+        self._registered.update(_names(item_ids))
 
     # ---- changing the states ----------------------------------------------------------------------------------------
 
-    def _apply(self, plan: Plan, known: Mapping[str, np.ndarray] | None) -> ObserveReport:
+    def _apply(self, plan: Plan, features: Mapping[str, np.ndarray]) -> ObserveReport:
         capacity = self._pool.capacity
-        features = {item: self._features.checked(item, block) for item, block in (known or {}).items()}
         created = self._create(plan.created)
 
         def slot_of(key: int) -> int:
@@ -308,6 +336,8 @@ class StatefulPredictor:
             ledger.recent[key, given, place] = values[given]
             ledger.told[key, given, place] = True
             ledger.values[key] += int(given.sum())
+        if plan.fills:
+            self._close(np.unique([key for key, _, _ in plan.fills]))
         if plan.tick is not None and len(plan.tick[0]):
             keys, steps, values = plan.tick
             fresh = keys >= capacity
@@ -316,7 +346,7 @@ class StatefulPredictor:
             ledger.write(slots, steps, values, told(values))
             ledger.head[slots] = steps + 1
             ledger.values[slots] += (~np.isnan(values)).sum(axis=1)
-            self._close(slots[(steps + 1) // self.model.patch_size > ledger.applied[slots] // self.model.patch_size])
+            self._close(slots)
         if plan.runs:
             slots = np.fromiter((slot_of(key) for key, _, _ in plan.runs), np.int64, len(plan.runs))
             pieces = [
@@ -370,14 +400,17 @@ class StatefulPredictor:
 
     def _pieces(self, head: int, steps: np.ndarray, values: Float64[np.ndarray, "n V"]) -> list[Piece]:
         """Rows as dense cells, cut where silence is long enough to be skipped."""
+        P = self.model.patch_size
         gaps = np.diff(steps, prepend=head - 1) - 1
         cuts = np.flatnonzero(gaps > self._long_gap)
         pieces = []
         for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(steps)], strict=True):
             if a == b:
                 continue
-            gap = int(gaps[a]) if gaps[a] > self._long_gap else 0
-            begin = (int(steps[a - 1]) + 1 if a else head) + gap
+            begin = int(steps[a - 1]) + 1 if a else head
+            # silence is skipped up to the patch of the next row: its other cells may still come
+            gap = int(steps[a]) // P * P - begin if gaps[a] > self._long_gap else 0
+            begin += gap
             cells = np.full((values.shape[1], int(steps[b - 1]) + 1 - begin), np.nan)
             spoken = np.zeros(cells.shape, bool)
             cells[:, steps[a:b] - begin] = values[a:b].T
@@ -386,16 +419,31 @@ class StatefulPredictor:
         return pieces
 
     def _close(self, slots: np.ndarray) -> None:
-        """Gives the model the full patch that waits in the ring of each series."""
-        if len(slots):
-            boundary = self._ledger.head[slots] // self.model.patch_size * self.model.patch_size
-            lengths = boundary - self._ledger.applied[slots]
+        """Gives the model the patches that wait in the ring, of those series whose patch is finished."""
+        end = self._finished(slots, self._ledger.applied[slots])
+        due = end > self._ledger.applied[slots]
+        if due.any():
+            slots, lengths = slots[due], (end - self._ledger.applied[slots])[due]
             cells = self._ledger.cells(slots, self._ledger.applied[slots], int(lengths.max()))
             self._advance(slots, cells, lengths)
 
+    def _finished(self, slots: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """Where the last finished patch of each series ends; `begin`, which lies behind the head, if there is none.
+
+        A patch is finished when a row beyond it has come, or all of its cells from `begin` on are told: until then
+        those that are missing may still be filled.
+        """
+        ledger, P = self._ledger, self.model.patch_size
+        end = ledger.head[slots] // P * P
+        at = np.flatnonzero((end == ledger.head[slots]) & (end > begin))
+        steps = end[at, None] + np.arange(-P, 0)
+        told = np.take_along_axis(ledger.told[slots[at]].all(axis=1), steps % ledger.ring, axis=1)
+        end[at] -= np.where((told | (steps < begin[at, None])).all(axis=1), 0, P)
+        return np.maximum(end, begin)
+
     def _extend(self, slots: np.ndarray, pieces: list[list[Piece]], *, chunk: int = 4096) -> None:
         """Takes in runs of cells, one list of pieces per series, and hands whole patches to the model."""
-        ledger, P = self._ledger, self.model.patch_size
+        ledger = self._ledger
         todo: list[list[Piece]] = []
         for slot, run in zip(slots.tolist(), pieces, strict=True):
             applied, head = int(ledger.applied[slot]), int(ledger.head[slot])
@@ -412,7 +460,8 @@ class StatefulPredictor:
             else:
                 run = [run[0]._replace(values=np.concatenate([waiting, run[0].values], 1)), *run[1:]]
             last = run[-1]
-            whole = max(0, last.values.shape[1] - head % P)  # the rest waits for its patch to fill
+            begin = np.array([head - last.values.shape[1]])
+            whole = int((self._finished(np.array([slot]), begin) - begin)[0])  # the rest waits for its patch to fill
             todo.append([*run[:-1], last._replace(values=last.values[:, :whole])])
         for number in range(max(map(len, todo), default=0)):
             active = [i for i, run in enumerate(todo) if len(run) > number]
@@ -466,6 +515,7 @@ class StatefulPredictor:
             state = self._pool.take(part)
             self._pool.put(part, self.model.elapse(state, gap, known=known if self.model.known_features else None))
             self._ledger.applied[part] += gap
+        self._features.trim(slots)
 
     @property
     def _device(self) -> torch.device:
@@ -501,14 +551,15 @@ class StatefulPredictor:
             KeyError: a series is not known.
             ValueError: horizon or levels out of range.
         """
-        items = self.item_ids if item_ids is None else (item_ids,) if isinstance(item_ids, str) else tuple(item_ids)
+        items = self.item_ids if item_ids is None else _names(item_ids)
         slots = self._slots_of(items)
         horizon = self.horizon if horizon is None else horizon
         if isinstance(horizon, bool) or not isinstance(horizon, int | np.integer) or not 1 <= horizon <= 1_000_000:
             raise ValueError(f"horizon is {horizon!r}, expected a whole number of steps from 1 to 1,000,000")
         fitted = tuple(self.model.quantile_levels)
         levels = fitted if quantile_levels is None else check_levels(quantile_levels)
-        features = {self._slots[item]: self._features.checked(item, block) for item, block in (known or {}).items()}
+        lent = {item: self._features.checked(item, block) for item, block in (known or {}).items()}
+        features = dict(zip(self._slots_of(lent).tolist(), lent.values(), strict=True))
         mixing = _level_weights(fitted, levels)
         # a forecast may not fill memory with quantiles that nobody asked for
         block = max(1, min(self.block, 20_000_000 // (int(horizon) * len(fitted) * len(self.variates))))
@@ -546,7 +597,7 @@ class StatefulPredictor:
             known = self._features.columns(slots, ledger.head[slots], columns)
             return self.model.forecast(state, horizon, known=known)
 
-    def _slots_of(self, items: Sequence[str]) -> np.ndarray:
+    def _slots_of(self, items: Collection[str]) -> np.ndarray:
         try:
             return np.fromiter((self._slots[item] for item in items), np.int64, len(items))
         except KeyError as error:
@@ -557,13 +608,13 @@ class StatefulPredictor:
 
     def reset(self, item_ids: Iterable[str]) -> None:
         """Makes series as if never seen; their next row starts them anew."""
-        items = list(item_ids)
+        items = _names(item_ids)
         self.evict(items)
         self._registered.update(items)
 
     def evict(self, item_ids: Iterable[str]) -> int:
         """Forgets series and frees their slots."""
-        items = list(dict.fromkeys(item_ids))
+        items = tuple(dict.fromkeys(_names(item_ids)))
         slots = self._slots_of(items)
         self._pool.release(slots)
         self._ledger.clear(slots)
@@ -576,7 +627,7 @@ class StatefulPredictor:
 
     def fork(self, item_ids: Sequence[str] | None = None) -> "StatefulPredictor":
         """A predictor with the same weights and copied states: what happens to one does not reach the other."""
-        items = self.item_ids if item_ids is None else tuple(item_ids)
+        items = self.item_ids if item_ids is None else tuple(dict.fromkeys(_names(item_ids)))
         other = self._empty_twin()
         other._registered = set(self._registered)
         other._restore(*self._contents(items))
@@ -608,7 +659,7 @@ class StatefulPredictor:
         fresh = self._empty_twin()
         try:
             fresh._restore(tensors, header)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise snapshot.SnapshotRefused(f"the states in {path} do not fit this model: {error}") from None
         for name in ("_slots", "_pool", "_ledger", "_held", "_features", "_registered"):
             setattr(self, name, getattr(fresh, name))
@@ -616,7 +667,7 @@ class StatefulPredictor:
 
     def state_tensors(self, item_ids: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Everything that is held of series, as named tensors: what `save` writes. Copies."""
-        return self._contents(self.item_ids if item_ids is None else tuple(item_ids))[0]
+        return self._contents(self.item_ids if item_ids is None else _names(item_ids))[0]
 
     def _empty_twin(self) -> "StatefulPredictor":
         twin = object.__new__(StatefulPredictor)
@@ -642,10 +693,7 @@ class StatefulPredictor:
                 future[str(place)] = given[0]
                 tensors[f"known.{place}"] = torch.from_numpy(given[1].copy())
         held = {
-            item: [
-                [h.step, int(h.stamp.astype(np.int64)), [None if np.isnan(x) else float(x) for x in h.values]]
-                for h in rows
-            ]
+            item: [[h.step, int(h.stamp.astype(np.int64)), _plain(h.values)] for h in rows]
             for item, rows in self._held.items()
             if item in set(items)
         }
@@ -704,6 +752,16 @@ class StatefulPredictor:
             rtol: bound of the error, in units of the series' scale.
         """
         return parity.verify(self, data, horizon=horizon, origins=origins, rtol=rtol)
+
+
+def _names(item_ids: Iterable[str]) -> tuple[str, ...]:
+    """Item ids; a text is one of them, not its letters."""
+    return (item_ids,) if isinstance(item_ids, str) else tuple(item_ids)
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    """Values as JSON knows them."""
+    return [None if np.isnan(x) else float(x) for x in values]
 
 
 def check_levels(levels: Sequence[float]) -> tuple[float, ...]:

@@ -48,7 +48,8 @@ def replay(
         full: only origins whose whole truth is there.
 
     Raises:
-        ValueError: `every` is not positive, or a warm-up is longer than its history.
+        ValueError: `every` is not positive, a warm-up is longer than its history, or a history does not suit the
+            predictor.
     """
     if every < 1:
         raise ValueError(f"every is {every}, expected at least 1 step")
@@ -56,6 +57,7 @@ def replay(
     begin = np.array([max(1, warm_up if isinstance(warm_up, int) else warm_up[one.item_id]) for one in series])
     ends = np.array([len(one) for one in series])
     for one, first in zip(series, begin.tolist(), strict=True):
+        predictor.check_history(one)
         if first > len(one):
             raise ValueError(f"series {one.item_id!r} has {len(one)} steps, its warm-up would take {first}")
     predictor.warm_up([one.slice(0, first) for one, first in zip(series, begin.tolist(), strict=True)])

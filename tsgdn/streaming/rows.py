@@ -13,14 +13,17 @@ import narwhals as nw
 import numpy as np
 from jaxtyping import Float64
 
-LARGEST = 1e150
-"""Beyond it a sum of squares leaves float64."""
+LARGEST = 1e100
+"""Beyond it sums of squares come near the end of float64: such values are refused."""
+SMALLEST = 1e-100
+"""Nearer to zero their squares vanish in float64: such values count as 0."""
 ITEM_COLUMNS = ("item_id", "unique_id")
 TIME_COLUMNS = ("timestamp", "ds")
 VALUE_COLUMNS = ("target", "y")
 
 _ISO = re.compile(
-    r"(\d{4})(?:-\d\d(?:-\d\d(?:[T ]\d\d(?::?\d\d(?::?\d\d(?:[.,]\d{1,9})?)?)?)?)?)?(Z|[+-]\d\d(?::?\d\d)?)?", re.ASCII
+    r"(\d{4})(?:-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d(?:[.,]\d{1,9})?)?)?)?)?)?(Z|[+-][01]\d(?::?[0-5]\d)?)?",
+    re.ASCII,
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -132,11 +135,11 @@ def from_objects(
         names = item_ids
     else:
         names = [str(x) if isinstance(x, str | int | np.integer) and not isinstance(x, bool) else "" for x in item_ids]
-    for name in set(names):
-        problem = item_id_problem(name)
-        if problem:
-            for i in (i for i, other in enumerate(names) if other == name):
-                refuse(i, "item.id", problem)
+    problems = {name: problem for name in set(names) if (problem := item_id_problem(name))}
+    if problems:
+        for i, name in enumerate(names):
+            if name in problems:
+                refuse(i, "item.id", problems[name])
 
     nanoseconds = np.zeros(len(names), np.int64)
     seen: dict[Any, int | tuple[str, str]] = {}
@@ -167,6 +170,7 @@ def from_objects(
                 elif cell is not None:
                     matrix[i, v] = float(cell)
     _refuse_values(matrix, refuse)
+    matrix = sizable(matrix)
     kept = np.flatnonzero(keep)
     if len(kept) == len(names):
         return Rows(names, nanoseconds.view("datetime64[ns]"), matrix, np.asarray(places, np.int64), bad)
@@ -190,6 +194,11 @@ def item_id_problem(item_id: str) -> str | None:
     return "the item_id contains a control character" if _CONTROL.search(item_id) else None
 
 
+def sizable(values: np.ndarray) -> np.ndarray:
+    """The values, 0 for those nearer to it than `SMALLEST`."""
+    return np.where(np.abs(values) < SMALLEST, 0.0, values)
+
+
 def printable(value: Any, limit: int = 80) -> str:
     """A value as one short line that a terminal shows as it is."""
     text = str(value)
@@ -210,7 +219,7 @@ def _read_frame(frame: nw.DataFrame[Any], variates: Sequence[str]) -> Rows:
         column = frame[time]
         if column.dtype.time_zone is not None:  # pyright: ignore[reportAttributeAccessIssue]
             column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        stamps = list(np.asarray(column.to_numpy()).astype("datetime64[ns]"))
+        stamps = list(np.asarray(column.to_numpy()))  # in their own unit: nanoseconds may not reach that far
     else:
         stamps = frame[time].to_list()
     values = np.stack([np.asarray(frame[name].cast(nw.Float64).to_numpy(), np.float64) for name in targets], axis=1)

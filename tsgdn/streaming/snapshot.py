@@ -7,13 +7,15 @@ model, of a newer format, or one in which a bit has changed.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+
+from tsgdn.model.artefact import write_whole
 
 FORMAT = 1
 HEADER = "header.json"
@@ -44,9 +46,9 @@ def write(folder: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]
     name = f"states-{digest}.safetensors"
     signed = {**header, "format": FORMAT, "kind": "tsgdn.states", "fingerprint": model, "file": name, "digest": digest}
     signed["signature"] = _signature(signed)
-    _write(folder / name, data)
-    _write(folder / HEADER, json.dumps(signed, ensure_ascii=False, indent=1).encode())
-    for old in folder.glob("states-*.safetensors"):
+    write_whole(folder / name, data)
+    write_whole(folder / HEADER, json.dumps(signed, ensure_ascii=False, indent=1).encode())
+    for old in folder.glob("states-*"):  # the snapshot before, and what a crash left
         if old.name != name:
             old.unlink(missing_ok=True)
 
@@ -64,7 +66,7 @@ def read(folder: str | Path, *, model: str) -> tuple[dict[str, Tensor], dict[str
     try:
         header = json.loads((folder / HEADER).read_bytes())
         kind, version = header["kind"], header["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise SnapshotRefused(f"{folder / HEADER} is damaged: it is not the header of a snapshot") from None
     if kind != "tsgdn.states":
         raise SnapshotRefused(f"{folder} holds {kind!r}, expected 'tsgdn.states'")
@@ -74,34 +76,23 @@ def read(folder: str | Path, *, model: str) -> tuple[dict[str, Tensor], dict[str
         )
     if header.pop("signature", None) != _signature(header):
         raise SnapshotRefused(f"{folder / HEADER} is damaged: its content does not match its signature")
-    if header["fingerprint"] != model:
+    if header.get("fingerprint") != model:
         raise SnapshotRefused(
-            f"the states in {folder} belong to model {header['fingerprint']}, the model given is {model}: "
+            f"the states in {folder} belong to model {header.get('fingerprint')}, the model given is {model}: "
             "load that model, or warm this one up from the source"
         )
-    name = Path(str(header["file"])).name
+    name = Path(str(header.get("file"))).name
     if not (folder / name).is_file():
         raise SnapshotRefused(f"{folder / name} is missing: the snapshot was not copied whole")
     data = (folder / name).read_bytes()
-    if hashlib.blake2b(data, digest_size=16).hexdigest() != header["digest"]:
+    if hashlib.blake2b(data, digest_size=16).hexdigest() != header.get("digest"):
         raise SnapshotRefused(f"{folder / name} is damaged: its digest is not the one in {HEADER}")
-    return load_tensors(data), header
+    try:
+        return load_tensors(data), header
+    except SafetensorError as error:
+        raise SnapshotRefused(f"{folder / name} cannot be read as safetensors: {error}") from None
 
 
 def _signature(header: dict[str, Any]) -> str:
     text = json.dumps(header, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -217,6 +217,7 @@ class Judge:
         applied = int(ledger.applied[key]) if known else 0
         run: dict[int, np.ndarray] = {}
         spoke: dict[int, np.ndarray] = {}
+        fills: dict[int, np.ndarray] = {}
         held = list(books.held.get(item, ()))
 
         def set_aside(row: int | None, stamp: np.datetime64, code: str, text: str) -> None:
@@ -238,7 +239,7 @@ class Judge:
             plan.accepted += not absent
 
         def look_back(step: int, values: np.ndarray, row: int, stamp: np.datetime64) -> None:
-            if step < max(0, old_head - ledger.ring) and step < old_head:
+            if step < max(0, old_head - ledger.ring):
                 set_aside(row, stamp, "ts.late", f"the time is before the last {ledger.ring} steps: state untouched")
                 return
             if step >= old_head:
@@ -247,9 +248,9 @@ class Judge:
             else:
                 place = step % ledger.ring
                 seen, spoken = ledger.recent[key, :, place], ledger.told[key, :, place]
-                for other, at, filled in plan.fills:
-                    if other == key and at == step:
-                        seen, spoken = np.where(np.isnan(filled), seen, filled), spoken | ~np.isnan(filled)
+                if step in fills:
+                    filled = ~np.isnan(fills[step])
+                    seen, spoken = np.where(filled, fills[step], seen), spoken | filled
             given = ~np.isnan(values)
             differs = given & spoken & ~np.isnan(seen) & (values != seen)
             belated = given & ((spoken & np.isnan(seen)) | (~spoken & (step < applied)))
@@ -264,7 +265,8 @@ class Judge:
                 if step in run:
                     run[step][given], spoke[step][given] = values[given], True
                 else:
-                    plan.fills.append((key, step, np.where(spoken, np.nan, values)))
+                    new = np.where(spoken, np.nan, values)
+                    fills[step] = np.where(np.isnan(new), fills.get(step, new), new)
             else:
                 plan.duplicate += 1
 
@@ -290,6 +292,7 @@ class Judge:
             else:
                 drop_held()
                 take(step, values)
+        plan.fills += [(key, step, values) for step, values in fills.items()]
         plan.held[item] = held
         plan.holding += sum(other.row is not None for other in held)
         if run:
