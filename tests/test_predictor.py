@@ -60,6 +60,26 @@ def make_series(item_id, steps, seed=0, start=START, **more):
     return Series(item_id, start, "h", walk(steps, seed), **more)
 
 
+def test_past_covariates_are_observed_and_not_forecast(model):
+    names = ("load", "wind", "sun")
+    predictor = StatefulPredictor(model, freq="h", variates=names, targets=1)
+    history = Series("a", START, "h", walk(40, variates=3), variates=names)
+    predictor.warm_up(history)
+    forecast = predictor.forecast(horizon=6)
+    assert forecast.variates == ("load",)
+    assert forecast.values.shape[:3] == (1, 1, 6)
+    calm = StatefulPredictor(model, freq="h", variates=names, targets=1)
+    calm.warm_up(replace(history, values=np.where(np.arange(3)[:, None] == 1, 0.0, history.values)))
+    assert not np.allclose(calm.forecast(horizon=6).values, forecast.values), "the covariate is not read"
+    assert predictor.verify(history).ok
+    (origin,) = [
+        moment for moment in replay(calm.fork([]), [history], 6, every=30, warm_up=20) if moment.origin[0] < 40
+    ][:1]
+    assert origin.truth.shape == (1, 1, 6)
+    with pytest.raises(ValueError, match="targets is 4"):
+        StatefulPredictor(model, freq="h", variates=names, targets=4)
+
+
 def stamp(step, start=START):
     return start + np.timedelta64(step, "h")
 

@@ -127,7 +127,7 @@ def run_backtest(args: argparse.Namespace) -> int:
             naive = baselines.SeasonalNaive(season)
             found[which] = naive.at_origins(series.values, origins=origins, horizon=horizon, levels=levels)
         for which, values in found.items():
-            parts[which].append(backtest.every_origin((origins, values), series.values, **given))
+            parts[which].append(backtest.every_origin((origins, values), _only_targets(series.values, info), **given))
     windows = {which: backtest.join(one) for which, one in parts.items()}
     if not len(windows["model"].origins) or not np.isfinite(windows["model"].target).any():
         raise Misuse(f"{task.name}: no origin has a value after it; choose an earlier --first")
@@ -219,12 +219,31 @@ def _unfit(task: Any, info: dict[str, Any]) -> str:
 
 
 def _split(task: Any, info: dict[str, Any]) -> tuple[list[Any], Sequence[Any]]:
+    """The cell's split; labels of past covariates are NaN, which nothing scores."""
     from tsgdn.cli.main import Misuse
 
     try:
-        return task.split(multivariate=len(info.get("variates", ())) > 1)
+        train, instances = task.split(multivariate=len(info.get("variates", ())) > 1)
     except (FileNotFoundError, ValueError) as error:
         raise Misuse(str(error)) from error
+    if _targets(info) is None:
+        return train, instances
+    return train, [(context, _only_targets(label, info)) for context, label in instances]
+
+
+def _targets(info: dict[str, Any]) -> int | None:
+    """Leading variates that the model forecasts, where others ride along."""
+    targets = info.get("targets")
+    return targets if targets and targets < len(info.get("variates", ())) else None
+
+
+def _only_targets(values: Any, info: dict[str, Any]) -> Any:
+    import numpy as np
+
+    kept = np.array(values)
+    if _targets(info) is not None:
+        kept[_targets(info) :] = np.nan
+    return kept
 
 
 def _baseline(name: str, task: Any) -> Any:

@@ -306,7 +306,7 @@ class Stream:
             if len(predictor.variates) > 1:
                 quantiles = {
                     variate: {name: np.ascontiguousarray(values[v, :, q]) for q, name in enumerate(names)}
-                    for v, variate in enumerate(predictor.variates)
+                    for v, variate in enumerate(predictor.targets)
                 }
             record = {
                 "id": forecast_id(item, origin, 0, predictor.fingerprint),

@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         Misuse: a wrong option, preset, data set or checkpoint; nothing was run.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     torch.set_float32_matmul_precision("high")
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -90,9 +90,10 @@ def verify(
             if not bool(quantiles.valid[0, 0]):
                 continue  # long silence: no token was read here
             begin = phase or P
-            parallel = quantiles.unscaled()[0, :, 0, begin : begin + horizon].cpu().numpy()
-            seen = np.asarray((~np.isnan(series.values[:, :origin])).any(axis=1))
-            scale = quantiles.scale[0, :, 0].cpu().numpy()[:, None, None]
+            V = len(predictor.targets)
+            parallel = quantiles.unscaled()[0, :V, 0, begin : begin + horizon].cpu().numpy()
+            seen = np.asarray((~np.isnan(series.values[:V, :origin])).any(axis=1))
+            scale = quantiles.scale[0, :V, 0].cpu().numpy()[:, None, None]
             apart = np.abs(streamed - parallel) / scale
             apart = np.where(np.isnan(apart), np.inf, apart)
             difference = float(np.where(seen[:, None, None], apart, 0.0).max(initial=0.0))

@@ -49,6 +49,7 @@ class StatefulPredictor:
         freq: pandas alias of the step of all series.
         calendar: whether the first known features of the model are the calendar's.
         variates: names of the V variates; targets first.
+        targets: leading variates that are forecast, the others are past covariates; None = all.
         device: where states live and the model runs; "auto" is where the model is.
         on_unknown: what a row of an unknown series does: create it, or be rejected (see `register`).
         max_series: how many series there may be; rows of further ones are rejected.
@@ -70,6 +71,7 @@ class StatefulPredictor:
         freq: str,
         calendar: bool = True,
         variates: Sequence[str] = ("target",),
+        targets: int | None = None,
         device: torch.device | str = "auto",
         on_unknown: Literal["create", "reject"] = "create",
         max_series: int | None = None,
@@ -83,6 +85,9 @@ class StatefulPredictor:
         self.calendar, self.variates = calendar, tuple(variates)
         if not self.variates or len(set(self.variates)) != len(self.variates):
             raise ValueError(f"variates are {self.variates}, expected at least one name, each once")
+        self.targets = self.variates[: len(self.variates) if targets is None else targets]
+        if targets is not None and not 1 <= targets <= len(self.variates):
+            raise ValueError(f"targets is {targets}, expected 1 to {len(self.variates)}, the number of variates")
         if on_unknown not in ("create", "reject"):
             raise ValueError(f"on_unknown is {on_unknown!r}, expected 'create' or 'reject'")
         self.horizon = model.direct_steps if horizon is None else horizon
@@ -127,7 +132,7 @@ class StatefulPredictor:
         options.setdefault("freq", info.get("freq"))
         if options["freq"] is None:
             raise ValueError(f"{folder} does not say what frequency it is for: give freq=")
-        for name in ("calendar", "variates", "horizon"):
+        for name in ("calendar", "variates", "targets", "horizon"):
             if info.get(name) is not None:
                 options.setdefault(name, info[name])
         return cls(model, **options)
@@ -563,10 +568,10 @@ class StatefulPredictor:
         mixing = _level_weights(fitted, levels)
         # a forecast may not fill memory with quantiles that nobody asked for
         block = max(1, min(self.block, 20_000_000 // (int(horizon) * len(fitted) * len(self.variates))))
-        values = np.empty((len(slots), len(self.variates), int(horizon), len(levels)))
+        values = np.empty((len(slots), len(self.targets), int(horizon), len(levels)))
         for begin in range(0, len(slots), block):
             part = slots[begin : begin + block]
-            raw = self._forecast_block(part, int(horizon), features).cpu().numpy()
+            raw = self._forecast_block(part, int(horizon), features)[:, : len(self.targets)].cpu().numpy()
             if levels != fitted:
                 raw = np.maximum.accumulate(raw @ mixing, axis=-1)
             values[begin : begin + block] = raw
@@ -579,7 +584,7 @@ class StatefulPredictor:
             for cold, far in zip(ledger.values[slots] < self.min_values, horizon > direct, strict=True)
         )
         start = self.clock.timestamp(ledger.start[slots], ledger.head[slots])
-        return ForecastBatch(items, start, self.freq, levels, values, self.variates, flags)
+        return ForecastBatch(items, start, self.freq, levels, values, self.targets, flags)
 
     def _forecast_block(
         self, slots: np.ndarray, horizon: int, features: dict[int, np.ndarray]

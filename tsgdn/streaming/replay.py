@@ -69,9 +69,10 @@ def replay(
         if number % every == 0 and len(chosen):
             items = [series[i].item_id for i in chosen.tolist()]
             forecast = predictor.forecast(items, horizon=horizon, quantile_levels=quantile_levels)
-            truth = np.full((len(chosen), len(predictor.variates), horizon), np.nan)
+            V = len(predictor.targets)
+            truth = np.full((len(chosen), V, horizon), np.nan)
             for row, i in enumerate(chosen.tolist()):
-                seen = series[i].values[:, at[i] : at[i] + horizon]
+                seen = series[i].values[:V, at[i] : at[i] + horizon]
                 truth[row, :, : seen.shape[1]] = seen
             yield Origin(at[chosen], forecast, truth)
         live = np.flatnonzero(at < ends).tolist()
