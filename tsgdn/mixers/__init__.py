@@ -13,9 +13,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from tsgdn.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetState
+from tsgdn.mixers.gated_deltanet import GatedDeltaNet
 from tsgdn.mixers.gru import GRU, GRUState
-from tsgdn.mixers.mamba2 import Mamba2, Mamba2State
+from tsgdn.mixers.mamba2 import Mamba2
+from tsgdn.mixers.memory import MemoryState
 from tsgdn.mixers.variates import VariateMixer
 
 __all__ = [
@@ -23,9 +24,8 @@ __all__ = [
     "MIXERS",
     "GRUState",
     "GatedDeltaNet",
-    "GatedDeltaNetState",
     "Mamba2",
-    "Mamba2State",
+    "MemoryState",
     "Mixer",
     "VariateMixer",
     "build",

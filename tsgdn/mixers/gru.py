@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Real, Shaped
 from torch import Tensor, nn
 
-from tsgdn.mixers.gated_deltanet import draw_decay
 from tsgdn.mixers.layers import draws, linear, scale_output, undecayed, uniform, within
+from tsgdn.mixers.memory import draw_decay
 
 
 class GRUState(NamedTuple):
@@ -27,7 +27,7 @@ class GRU(nn.Module):
     Args:
         width: of the tokens.
         hidden: size of the hidden vector; None = width.
-        decay_init: of the rates at which silence fades the hidden vector; see `gated_deltanet.draw_decay`.
+        decay_init: of the rates at which silence fades the hidden vector; see `memory.draw_decay`.
         horizon: shortest and longest initial horizon of these rates, in patches of silence.
     """
 

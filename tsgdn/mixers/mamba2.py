@@ -8,26 +8,18 @@ Source: arXiv 2405.21060; gaps, skipped writes and the horizon initialisation ar
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Real, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsgdn.kernels import causal_conv, ssd
-from tsgdn.mixers.gated_deltanet import draw_decay
-from tsgdn.mixers.layers import RMSNorm, draws, linear, scale_output, silence, undecayed, uniform, within
+from tsgdn.mixers.layers import RMSNorm, draws, linear, silence, undecayed, uniform, within
+from tsgdn.mixers.memory import MemoryMixer, MemoryState, draw_decay
 
 
-class Mamba2State(NamedTuple):
-    """What is carried per row: the memory h of each head, and the last inputs of the convolution, oldest first."""
-
-    memory: Float[Tensor, "R H Dk Dv"]
-    conv: Float[Tensor, "R W_minus_1 C"]
-
-
-class Mamba2(nn.Module):
+class Mamba2(MemoryMixer):
     """Mixes tokens along time through decaying sums of key-value products.
 
     Args:
@@ -38,7 +30,7 @@ class Mamba2(nn.Module):
         groups: sets of keys and queries. 1 = one for all heads, as published; `heads` = one each, which makes the
             state as large as Gated DeltaNet's. None = heads.
         conv: width of the short causal convolution on x, B and C.
-        decay_init: see `gated_deltanet.draw_decay`.
+        decay_init: see `memory.draw_decay`.
         horizon: shortest and longest initial memory in tokens, for the horizon initialisations.
     """
 
@@ -58,7 +50,13 @@ class Mamba2(nn.Module):
         value_dim, groups = value_dim or key_dim, groups or heads
         if heads % groups:
             raise ValueError(f"heads {heads} is not a multiple of groups {groups}")
-        self.heads, self.key_dim, self.value_dim, self.groups = heads, key_dim, value_dim, groups
+        self.heads, self.value_heads, self.key_dim, self.value_dim, self.groups = (
+            heads,
+            heads,
+            key_dim,
+            value_dim,
+            groups,
+        )
         self.channels = heads * value_dim + 2 * groups * key_dim
 
         generator = draws()
@@ -73,38 +71,15 @@ class Mamba2(nn.Module):
         self.A_log, self.dt_bias, self.rate_log = undecayed(a_log), undecayed(dt_bias), undecayed(rate_log)
         self.D = undecayed(torch.ones(heads))
 
-    def scale_output(self, depth: int) -> None:
-        """Divides the output projection by sqrt(2·depth)."""
-        scale_output(self.output, depth)
-
-    @property
-    def rate(self) -> Float[Tensor, " H"]:
-        """Log decay per patch of silence, at most 0; starts at the head's initial log decay per token."""
-        return -self.rate_log.exp()
-
-    def initial_state(self, rows: int, device: torch.device | str | None = None) -> Mamba2State:
-        """Nothing seen yet: zeros."""
-        weight = self.conv_weight
-        options = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": device or weight.device}
-        return Mamba2State(
-            torch.zeros(rows, self.heads, self.key_dim, self.value_dim, **options),
-            torch.zeros(rows, weight.shape[1] - 1, self.channels, **options),
-        )
-
-    def state_bytes(self) -> int:
-        """Bytes of a row's state in float32."""
-        memory = self.heads * self.key_dim * self.value_dim
-        return 4 * (memory + (self.conv_weight.shape[1] - 1) * self.channels)
-
     def forward(
         self,
         x: Float[Tensor, "R N D"],
-        state: Mamba2State | None = None,
+        state: MemoryState | None = None,
         *,
         write: Shaped[Tensor, "R N"] | None = None,
         gap: Real[Tensor, "R N"] | None = None,
         lengths: Int64[Tensor, " R"] | None = None,
-    ) -> tuple[Float[Tensor, "R N D"], Mamba2State]:
+    ) -> tuple[Float[Tensor, "R N D"], MemoryState]:
         """Continues the streams of R rows by N >= 0 tokens; the arguments are those of `GatedDeltaNet.forward`.
 
         Silence enters the decay only, never the dt of the write.
@@ -140,4 +115,4 @@ class Mamba2(nn.Module):
             )
             read = (read + self.D[:, None] * values).reshape(R, N, self.heads * self.value_dim)
             read = self.norm(read * F.silu(gate))
-        return self.output(read.to(inputs.dtype)), Mamba2State(memory, tail)
+        return self.output(read.to(inputs.dtype)), MemoryState(memory, tail)
