@@ -12,8 +12,8 @@ from tsgdn.types import Batch
 
 P, K, SEASONS = 4, 2, (1, 6, 10)
 SMALL = {"gru": {"hidden": 8}}
-EXACT = {"atol": 1e-11, "rtol": 1e-10}
-SINGLE = {"atol": 2e-4, "rtol": 1e-5}
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+SINGLE = {"atol": 5e-6, "rtol": 1e-5}
 
 
 def make(mixer: str = "gated_deltanet", dtype: torch.dtype = torch.float64, **settings) -> Forecaster:
