@@ -78,6 +78,10 @@ def test_nothing_observed_gives_nan_and_one_value_gives_numbers() -> None:
     assert forecast[0].isfinite().all() and forecast[1].isnan().all()
 
 
+def test_no_series_have_no_forecasts() -> None:
+    assert make().forecast(make().initial_state(0, 2), 3).shape == (0, 2, 3, 21)
+
+
 @pytest.mark.parametrize("values", [0.0, 7.0, 1e140, -1e-140, 1e8])
 def test_constant_series_stay_finite(values: float) -> None:
     model = make(known_features=0, static_cardinalities=())

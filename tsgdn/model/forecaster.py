@@ -382,16 +382,16 @@ class Forecaster(nn.Module):
 
         # a series at a patch end needs its last token only, unless silence has kept newer patches out
         pending = (phase > 0) | (state.skipped > 0) | (state.steps == 0)
-        window, end = None, state
-        if not bool(pending.all()):
-            window = self._read(state)
+        end = state
         if bool(pending.any()):
             lengths = torch.where(pending, P - phase, 0)
             closing = self._unobserved(state, P, future[..., : P + S], lengths)
             closed, end = self._advance(closing, state, None, as_tokens=True)
-            newest = closed.unscaled()[:, :, 0]
-            window = newest if window is None else torch.where(pending[:, None, None, None], newest, window)
-        assert window is not None  # pending is all, none, or some
+            window = closed.unscaled()[:, :, 0]
+            if not bool(pending.all()):
+                window = torch.where(pending[:, None, None, None], window, self._read(state))
+        else:
+            window = self._read(state)
         begin = torch.where(pending, phase, P)
 
         # `future` starts at the first forecast step, the copy now stands at `ahead` steps after it

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsgdn.streamable import map_state, state_bytes, state_leaves
+from tsgdn.streamable import map_state, state_bytes
 
 Slots = np.ndarray  # int64, one per series
 
@@ -97,10 +97,6 @@ class StatePool:
                 return leaf.index_copy_(0, _index(leaf, rows), new.to(leaf.dtype))
 
             map_state(write, slab, state)
-
-    def leaf_names(self) -> list[str]:
-        """The dotted names of a state's tensors."""
-        return [name for name, _ in state_leaves(self._slabs[0] if self._slabs else self._empty(1))]
 
     def _parts(self, slots: Slots) -> list[tuple[Any, np.ndarray, np.ndarray]]:
         """Per slab that is touched: the slab, the places within `slots`, the rows within the slab."""
