@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports Triton
+
 hypothesis.settings.register_profile("tsgdn", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("tsgdn")
 torch.set_num_threads(1)

@@ -359,10 +359,15 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], text: str) -
 
 def test_demanding_triton_where_it_is_not_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("tsgdn.kernels.choice.TRITON_MODULE", "tsgdn_without_kernels")
     monkeypatch.setenv("TSGDN_KERNEL", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="on cpu; move them to a GPU, use torch or auto"):
+        kernel_for(cpu, torch.float32)
+    assert kernel_for(cpu, torch.float64) == "torch"
+    monkeypatch.setattr("tsgdn.kernels.choice.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="use torch or auto"):
         kernel_for(cpu, torch.float32)
+    assert kernel_for(torch.device("cuda"), torch.float64) == "torch"
     monkeypatch.setenv("TSGDN_KERNEL", "fast")
     with pytest.raises(ValueError, match="fast"):
         kernel_for(cpu, torch.float32)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tsgdn import checks
-from tsgdn.kernels import gated_delta_rule, ssd
+from tsgdn.kernels import gated_delta_rule, ssd, unit_length
 from tsgdn.mixers import MIXERS, GatedDeltaNet, Mamba2, VariateMixer, build
-from tsgdn.mixers.layers import RMSNorm, SwiGLU, unit_length
+from tsgdn.mixers.layers import RMSNorm, SwiGLU
 from tsgdn.streamable import fork, map_state, state_bytes, state_leaves
 
 WIDTH, ROWS, TOKENS = 12, 3, 37

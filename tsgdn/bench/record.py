@@ -53,11 +53,16 @@ def hardware(device: str = "cpu") -> str:
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Where a number comes from: commit, whether code differs from it, date, hardware, versions.
 
-    Results themselves do not make the code dirty, or every second row would be.
+    Results themselves do not make the code dirty, or every second row would be. On a machine that has the code without
+    its repository the variable TSGDN_COMMIT names the commit; a plus sign at its end says that the code differs.
     """
-    changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/results.csv")
+    head, changed = _git("rev-parse", "HEAD"), None
+    if head:
+        changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/results.csv")
+    elif told := os.environ.get("TSGDN_COMMIT", "").strip():
+        head, changed = told.rstrip("+"), told[len(told.rstrip("+")) :]
     return {
-        "commit": (_git("rev-parse", "HEAD") or "unknown")[:12],
+        "commit": (head or "unknown")[:12],
         "dirty": "unknown" if changed is None else int(bool(changed)),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "hardware": hardware(device),

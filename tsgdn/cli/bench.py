@@ -1,6 +1,8 @@
-"""`tsgdn bench gluonts`: accuracy of every mixer in one harness, resumable, rows in a results.csv."""
+"""`tsgdn bench QUESTION`: gluonts (accuracy) and kernels (speed), resumable, rows in a results.csv."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tsgdn.cli.main import Misuse
@@ -9,21 +11,39 @@ HEADLINE = "etth1,us_births,m4_hourly,exchange_rate_nips"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `tsgdn bench`."""
-    parser.add_argument("question", choices=["gluonts"], help="gluonts: accuracy on published windows")
-    parser.add_argument("--tasks", default=HEADLINE, help=f"evaluation cells with a preset (default {HEADLINE})")
-    parser.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
-    parser.add_argument(
+    """Options of `tsgdn bench`, by question."""
+    questions = parser.add_subparsers(dest="question", required=True, metavar="gluonts|kernels")
+    gluonts = questions.add_parser("gluonts", help="accuracy of every mixer on published windows")
+    gluonts.add_argument("--tasks", default=HEADLINE, help=f"evaluation cells with a preset (default {HEADLINE})")
+    gluonts.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
+    gluonts.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
+    gluonts.add_argument(
         "--results", type=Path, default=Path("experiments/accuracy/results.csv"), help="CSV to append to"
     )
-    parser.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="folder of the fits")
-    parser.add_argument("--workers", type=int, default=1, help="fits at a time, one thread each")
-    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="handed on to tsgdn fit")
+    gluonts.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="folder of the fits")
+    gluonts.add_argument("--workers", type=int, default=1, help="fits at a time, one thread each")
+    gluonts.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="handed on to tsgdn fit")
+
+    kernels = questions.add_parser("kernels", help="time and memory of the kernels beside what else is installed")
+    kernels.add_argument("--shapes", help="names, comma-separated, or what they begin with: S1,S8,D_64x64 (all)")
+    kernels.add_argument("--contestants", help="names, comma-separated (all that are installed)")
+    kernels.add_argument("--directions", help="of fwd,fwd+bwd,step,layer,layer+bwd (all)")
+    kernels.add_argument("--norms", help="of none,qk: q and k divided by their length inside (both)")
+    kernels.add_argument(
+        "--results", type=Path, default=Path("experiments/kernels/results.csv"), help="CSV to append to"
+    )
+    kernels.add_argument("--resume", action="store_true", help="leave out what has rows of this commit and hardware")
+    kernels.add_argument("--report", action="store_true", help="measure nothing: print the ratios, draw the pictures")
+    kernels.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: small sizes, to see it run")
+    kernels.add_argument("--seed", type=int, default=0, help="of the inputs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the cells that have no rows yet; exit 1 if one failed."""
+    """Measures what has no rows yet; exit 1 if a cell failed."""
+    return _kernels(args) if args.question == "kernels" else _gluonts(args)
+
+
+def _gluonts(args: argparse.Namespace) -> int:
     from tsgdn.bench import gluonts
     from tsgdn.cli.train import presets
     from tsgdn.data.catalog import DataNotFound
@@ -51,3 +71,49 @@ def run(args: argparse.Namespace) -> int:
     except DataNotFound as error:
         raise Misuse(str(error)) from error
     return 1 if failed else 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    import torch
+
+    from tsgdn.bench import kernels
+
+    if args.report:
+        table = kernels.report(args.results)
+        if not table:
+            raise Misuse(f"--results {args.results}: no times of tsgdn and another contestant; measure them first")
+        print(table)
+        for path in kernels.plot(args.results):
+            print(f"picture: {path}", file=sys.stderr)
+        return 0
+    shapes = list(kernels.SHAPES.values())
+    if args.shapes is not None:
+        wanted = {text: kernels.named(text) for text in args.shapes.split(",")}
+        for text, found in wanted.items():
+            if not found:
+                raise Misuse(f"--shapes {text}: expected some of {', '.join(kernels.SHAPES)}")
+        shapes = list(dict.fromkeys(shape for found in wanted.values() for shape in found))
+    contestants = _chosen("--contestants", args.contestants, tuple(kernels.CONTESTANTS))
+    directions = _chosen("--directions", args.directions, kernels.DIRECTIONS)
+    norms = _chosen("--norms", args.norms, kernels.NORMS)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Misuse("there is no CUDA device to measure on; --device cpu runs small sizes, to see that it works")
+    failed = kernels.run(
+        shapes,
+        contestants,
+        directions,
+        norms,
+        results=args.results,
+        device=args.device,
+        seed=args.seed,
+        resume=args.resume,
+    )
+    return 1 if failed else 0
+
+
+def _chosen(option: str, text: str | None, known: Sequence[str]) -> list[str]:
+    names = list(known) if text is None else text.split(",")
+    for name in names:
+        if name not in known:
+            raise Misuse(f"{option} {name}: expected some of {', '.join(known)}")
+    return names

@@ -1,31 +1,56 @@
 """Which implementation of an op runs: by device and number format, never by training mode or length."""
 
+import functools
 import os
+import warnings
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-TRITON_MODULE = "tsgdn.kernels.gated_delta_rule.forward"
-"""Where the Triton kernels live. It offers `chunkwise` with the signature of the torch one."""
+TESTED = ((9, 0),)
+"""Compute capabilities on which every configuration of the Triton kernels has passed `make test-gpu`."""
 
 
+@torch.compiler.assume_constant_result
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
     """The implementation for tensors of this device and number format; `TSGDN_KERNEL=torch|triton|auto` overrides.
 
+    auto is Triton for float32 and narrower on a GPU generation of `TESTED`, else torch. On another generation a warning
+    says so once: the compiler has produced wrong numbers from right kernels there before.
+
     Raises:
-        RuntimeError: Triton was demanded and is not there.
+        RuntimeError: Triton was demanded and cannot run here.
         ValueError: the variable holds another word.
     """
     demand = os.environ.get("TSGDN_KERNEL", "auto")
     if demand not in ("torch", "triton", "auto"):
         raise ValueError(f"TSGDN_KERNEL is {demand!r}; expected torch, triton or auto")
     # float64 is the tests' number format: only the torch path has it.
-    if demand == "torch" or (demand == "auto" and (device.type != "cuda" or dtype == torch.float64)):
+    if demand == "torch" or dtype == torch.float64 or (demand == "auto" and device.type != "cuda"):
         return "torch"
-    missing = [name for name in ("triton", TRITON_MODULE) if find_spec(name) is None]
-    if not missing:
-        return "triton"
+    found = find_spec("triton") is not None
     if demand == "triton":
-        raise RuntimeError(f"TSGDN_KERNEL=triton, but {' and '.join(missing)} cannot be imported; use torch or auto")
-    return "torch"
+        if not found:
+            raise RuntimeError("TSGDN_KERNEL=triton, but triton cannot be imported; install it, or use torch or auto")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"TSGDN_KERNEL=triton, but the tensors are on {device.type}; move them to a GPU, use torch or auto, "
+                "or set TRITON_INTERPRET=1 before the start to interpret the kernels slowly"
+            )
+        return "triton"
+    return "triton" if found and _is_tested(device.index or 0) else "torch"
+
+
+@functools.cache
+def _is_tested(index: int) -> bool:
+    capability = torch.cuda.get_device_capability(index)
+    if capability in TESTED:
+        return True
+    warnings.warn(
+        f"the Triton kernels were tested on compute capability {', '.join(f'{a}.{b}' for a, b in TESTED)} and this GPU "
+        f"has {capability[0]}.{capability[1]}: running the slower torch path. Run `make test-gpu` and set "
+        "TSGDN_KERNEL=triton to use them",
+        stacklevel=3,
+    )
+    return False

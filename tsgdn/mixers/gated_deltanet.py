@@ -9,14 +9,14 @@ Source: Gated Delta Networks, arXiv 2412.06464; gaps, skipped writes and the hor
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64, Real, Shaped
 from torch import Tensor
 
-from tsgdn.kernels import causal_conv, gated_delta_rule
-from tsgdn.mixers.layers import RMSNorm, draws, linear, silence, undecayed, uniform, unit_length, within
+from tsgdn.kernels import Readout, gated_delta_rule, prologue
+from tsgdn.mixers.layers import RMSNorm, draws, linear, undecayed, uniform
 from tsgdn.mixers.memory import MemoryMixer, MemoryState, draw_decay
 
 
@@ -66,7 +66,7 @@ class GatedDeltaNet(MemoryMixer):
             raise ValueError(f"beta_max is {beta_max}; expected 1, or 2 for negative eigenvalues")
         self.heads, self.key_dim, self.value_dim, self.value_heads = heads, key_dim, value_dim, value_heads
         self.beta_max, self.delta, self.decay = beta_max, delta, decay
-        self.activation = F.silu if output_gate == "silu" else torch.sigmoid
+        self.activation: Literal["silu", "sigmoid"] = "silu" if output_gate == "silu" else "sigmoid"
         self.norm_before_gate = norm_before_gate
         self.channels = 2 * heads * key_dim + value_heads * value_dim
 
@@ -100,46 +100,42 @@ class GatedDeltaNet(MemoryMixer):
                 clears the tails of the convolution.
             lengths: tokens of each row; those beyond are padding, touch no state, and their outputs mean nothing.
         """
-        R, N, _ = x.shape
         memory, tail = (None, None) if state is None else state
         inputs, gate = self.project(x).split([self.channels, self.value_heads * self.value_dim], dim=-1)
         with torch.autocast(x.device.type, enabled=False):  # gates, norms and the memory stay in float32
-            beta, log_decay = self._gates(x, gap)
-            restart = None if gap is None else gap > 0
-            if write is not None:
-                beta = beta * write.to(beta.dtype)[..., None]
-            if lengths is not None:
-                valid = within(lengths, N)
-                beta, log_decay = beta * valid[..., None], torch.where(valid[..., None], log_decay, 0.0)
-                restart = None if restart is None else restart & valid
-            mixed, tail = causal_conv(inputs, self.conv_weight, state=tail, lengths=lengths, restart=restart)
-            mixed = F.silu(mixed)
-            qk, v = mixed.split([2 * self.heads * self.key_dim, self.value_heads * self.value_dim], dim=-1)
-            qk = unit_length(qk.unflatten(-1, (2 * self.heads, self.key_dim)))
-            if self.value_heads != self.heads:
-                qk = qk.repeat_interleave(self.value_heads // self.heads, dim=2)
-            q, k = qk.to(v.dtype).chunk(2, dim=2)
+            mixed, beta, log_decay, tail = prologue(
+                inputs,
+                self.gates(x.to(self.gates.weight.dtype)),
+                conv_weight=self.conv_weight,
+                **self._forgetting(gap),
+                beta_max=self.beta_max,
+                tail=tail,
+                write=write,
+                gap=gap,
+                lengths=lengths,
+            )
+            q, k, v = mixed.split([self.heads * self.key_dim] * 2 + [self.value_heads * self.value_dim], dim=-1)
             read, memory = gated_delta_rule(
-                q * self.key_dim**-0.5,
-                k,
+                q.unflatten(-1, (self.heads, self.key_dim)),
+                k.unflatten(-1, (self.heads, self.key_dim)),
                 v.unflatten(-1, (self.value_heads, self.value_dim)),
                 log_decay=log_decay,
                 beta=beta,
                 delta=self.delta,
                 state=memory,
-            )[:2]
-            gate = self.activation(gate).view(R, N, self.value_heads, self.value_dim)
-            read = self.norm(read) * gate if self.norm_before_gate else self.norm(read * gate)
+                norm=True,
+                scale=self.key_dim**-0.5,
+                readout=Readout(
+                    gate.unflatten(-1, (self.value_heads, self.value_dim)),
+                    self.norm.weight,
+                    self.norm.eps,
+                    self.activation,
+                    self.norm_before_gate,
+                ),
+            )
         return self.output(read.flatten(-2)), MemoryState(memory, tail)
 
-    def _gates(self, x: Tensor, gap: Tensor | None) -> tuple[Float[Tensor, "R N H"], Float[Tensor, "R N H"]]:
-        """Beta and log decay of each token, the silence before it included."""
-        raw = self.gates(x.to(self.gates.weight.dtype))
+    def _forgetting(self, gap: Tensor | None) -> dict[str, Any]:
         if self.decay == "none":
-            beta = torch.sigmoid(raw) * self.beta_max
-            return beta, torch.zeros_like(beta)
-        raw_beta, raw_dt = raw.chunk(2, dim=-1)
-        log_decay = -self.A_log.exp() * F.softplus(raw_dt + self.dt_bias)
-        if gap is not None:
-            log_decay = log_decay + silence(gap, self.rate)
-        return torch.sigmoid(raw_beta) * self.beta_max, log_decay
+            return {"decay": False}
+        return {"A_log": self.A_log, "dt_bias": self.dt_bias, "rate": None if gap is None else self.rate}

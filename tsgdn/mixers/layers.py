@@ -39,12 +39,6 @@ def undecayed(values: Tensor) -> nn.Parameter:
     return parameter
 
 
-def unit_length(x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:
-    """Vectors divided by their length, sqrt(sum of squares + 1e-6); float32 or wider inside and out."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
-
 def within(lengths: Int64[Tensor, " R"], tokens: int) -> Bool[Tensor, "R N"]:
     """True where a token lies inside its row's length."""
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
