@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsgdn.bench.record import append, provenance, row
-from tsgdn.kernels import gated_delta_rule
+from tsgdn.kernels import Readout, gated_delta_rule
 from tsgdn.kernels.gated_delta_rule.chunkwise import chunkwise
 from tsgdn.kernels.gated_delta_rule.reference import reference
 
@@ -341,6 +341,7 @@ class Ours(Contestant):
             "norm": case.norm,
             "scale": case.scale,
             "delta": self.delta,
+            "end_state": False,  # nor do the others make one
             **self.options(case.shape),
         }
         if case.ends is not None:
@@ -367,7 +368,6 @@ class Ours(Contestant):
 
     def _layer(self, case: Case) -> Task:
         prologue = importlib.import_module("tsgdn.kernels.prologue").prologue
-        readout = importlib.import_module("tsgdn.kernels.readout").readout
         H, Dk, Dv = case.shape.heads, case.shape.key_dim, case.shape.value_dim
         x, p = _leaves(case.x, "inputs", "raw", "gate"), _leaves(case.x, "conv_weight", "A_log", "dt_bias", "weight")
 
@@ -375,11 +375,11 @@ class Ours(Contestant):
             gates = {"A_log": p["A_log"], "dt_bias": p["dt_bias"]}
             mixed, beta, log_decay, _tail = prologue(x["inputs"], x["raw"], conv_weight=p["conv_weight"], **gates)
             q, k, v = mixed.split([H * Dk, H * Dk, H * Dv], dim=-1)
-            o, _state = gated_delta_rule(
+            return gated_delta_rule(
                 q.unflatten(-1, (H, Dk)), k.unflatten(-1, (H, Dk)), v.unflatten(-1, (H, Dv)),
                 log_decay=log_decay, beta=beta, norm=True, scale=case.scale,
-            )  # fmt: skip
-            return readout(o, x["gate"], p["weight"])
+                readout=Readout(x["gate"], p["weight"]), end_state=False,
+            )[0]  # fmt: skip
 
         return Task(x, call, lambda row: _layer(case, row, p), p, per_head=False)
 

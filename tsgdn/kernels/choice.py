@@ -1,6 +1,5 @@
 """Which implementation of an op runs: by device and number format, never by training mode or length."""
 
-import functools
 import os
 import warnings
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ TESTED = ((9, 0),)
 """Compute capabilities on which every configuration of the Triton kernels has passed `make test-gpu`."""
 
 
-@torch.compiler.assume_constant_result
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
     """The implementation for tensors of this device and number format; `TSGDN_KERNEL=torch|triton|auto` overrides.
 
@@ -39,12 +37,11 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "tr
                 "or set TRITON_INTERPRET=1 before the start to interpret the kernels slowly"
             )
         return "triton"
-    return "triton" if found and _is_tested(device.index or 0) else "torch"
+    return "triton" if found and _is_tested(device) else "torch"
 
 
-@functools.cache
-def _is_tested(index: int) -> bool:
-    capability = torch.cuda.get_device_capability(index)
+def _is_tested(device: torch.device) -> bool:
+    capability = torch.cuda.get_device_capability(device)
     if capability in TESTED:
         return True
     warnings.warn(

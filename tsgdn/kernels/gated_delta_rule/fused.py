@@ -46,7 +46,7 @@ CONFIGS = {
     (16, 64): Config(Launch(16, 1), Launch(16, 1), Launch(32, 2)),
     (32, 16): Config(Launch(16, 1), Launch(16, 1), Launch(32, 1)),
     (32, 32): Config(Launch(16, 1, 0, 168), Launch(16, 1, 0, 168), Launch(32, 1)),
-    (32, 64): Config(Launch(16, 1), Launch(16, 1), Launch(32, 2)),
+    (32, 64): Config(Launch(16, 1), Launch(16, 1), Launch(32, 2, 0, 168)),
     (32, 128): Config(Launch(16, 2), Launch(16, 2), Launch(32, 2, 64)),
     (64, 16): Config(Launch(16, 1), Launch(16, 1), Launch(32, 2)),
     (64, 32): Config(Launch(16, 1), Launch(16, 1), Launch(32, 2)),
