@@ -198,3 +198,51 @@ def test_doctor_fails_and_names_the_package_outside_its_range(monkeypatch, capsy
     assert doctor.run(argparse.Namespace(json=False)) == 1
     out = capsys.readouterr().out
     assert "does not fit: pandas;" in out
+
+
+@pytest.mark.parametrize(
+    ("demand", "path", "why"),
+    [
+        ("auto", "torch", "the Triton kernels are for GPUs"),
+        ("torch", "torch", "TSGDN_KERNEL=torch"),
+        ("cuda", None, "expected torch, triton or auto"),
+    ],
+)
+def test_doctor_says_what_runs_on_the_cpu_and_why(monkeypatch, capsys, demand, path, why):
+    from tsgdn.cli import doctor
+
+    monkeypatch.setenv("TSGDN_KERNEL", demand)
+    cpu = doctor.examine()["kernels"][0]
+    assert (cpu["device"], cpu["path"]) == ("cpu", path)
+    assert why in cpu["why"]
+    assert doctor.run(argparse.Namespace(json=False)) == 0
+    assert f"  cpu: {path or 'none'} (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "path", "why"),
+    [
+        (True, (9, 0), "triton", "tested on compute capability 9.0"),
+        (True, (8, 0), "torch", "not tested on compute capability 8.0"),
+        (False, (9, 0), "torch", "triton is not installed"),
+    ],
+    ids=["tested", "another generation", "without triton"],
+)
+def test_doctor_says_what_runs_on_a_gpu_and_why(monkeypatch, triton, capability, path, why):
+    import torch
+
+    from tsgdn.cli import doctor
+    from tsgdn.kernels import choice
+
+    monkeypatch.delenv("TSGDN_KERNEL", raising=False)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "a GPU",
+        "get_device_capability": capability,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(choice, "HAS_TRITON", triton)
+    *_, gpu = doctor.examine()["kernels"]
+    assert (gpu["device"], gpu["path"]) == ("cuda:0", path)
+    assert why in gpu["why"]

@@ -185,7 +185,7 @@ def test_no_rows_and_no_tokens_give_the_state_back() -> None:
     ("changes", "said"),
     [
         ({"q": torch.zeros(2, 1, 2, 4)}, "both must be"),
-        ({"v": torch.zeros(2, 1, 3, 7)}, "a multiple of HK"),
+        ({"v": torch.zeros(2, 1, 3, 7)}, "its heads a multiple"),
         ({"log_decay": torch.zeros(2, 1, 2, 7)}, "log_decay is"),
         ({"beta": torch.zeros(2, 1, 2, 5)}, "beta is"),
         ({"beta": torch.zeros(2, 1, 2, 7)}, "cannot be tied"),

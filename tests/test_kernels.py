@@ -364,7 +364,7 @@ def test_demanding_triton_where_it_is_not_is_an_error(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="on cpu; move them to a GPU, use torch or auto"):
         kernel_for(cpu, torch.float32)
     assert kernel_for(cpu, torch.float64) == "torch"
-    monkeypatch.setattr("tsgdn.kernels.choice.find_spec", lambda name: None)
+    monkeypatch.setattr("tsgdn.kernels.choice.HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="use torch or auto"):
         kernel_for(cpu, torch.float32)
     assert kernel_for(torch.device("cuda"), torch.float64) == "torch"
@@ -373,6 +373,20 @@ def test_demanding_triton_where_it_is_not_is_an_error(monkeypatch: pytest.Monkey
         kernel_for(cpu, torch.float32)
     monkeypatch.setenv("TSGDN_KERNEL", "auto")
     assert kernel_for(cpu, torch.float32) == "torch"
+
+
+def test_a_gpu_generation_that_was_not_tested_runs_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setenv("TSGDN_KERNEL", "auto")
+    monkeypatch.setattr("tsgdn.kernels.choice.HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    with pytest.warns(UserWarning, match=r"this GPU has 8\.6: running the slower torch path"):
+        assert kernel_for(gpu, torch.float32) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert kernel_for(gpu, torch.float32) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    monkeypatch.setenv("TSGDN_KERNEL", "triton")  # an informed wish: no warning, which would be an error
+    assert kernel_for(gpu, torch.float32) == "triton"
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

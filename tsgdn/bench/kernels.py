@@ -647,6 +647,7 @@ def _bare(package: str) -> None:
     if package not in sys.modules and spec is not None:
         module = ModuleType(package)
         module.__path__ = list(spec.submodule_search_locations or ())
+        module.__spec__ = spec
         sys.modules[package] = module
 
 
@@ -804,6 +805,10 @@ class _Bench:
             p20, p50, p80 = _quantiles(taken)
             self._row(name, CONTESTANTS[name].versions(), "us", f"{p50:.5g}", "us", p20, p80, len(taken))
             _say(f"{self._cell(name)}: {p50:.4g} us")
+        if self.direction != "step" and self.device != "cpu":
+            for name, (timed, _) in ready.items():
+                p20, p50, p80 = _quantiles(eager(timed))
+                self._row(name, CONTESTANTS[name].versions(), "eager_us", f"{p50:.5g}", "us", p20, p80, EAGER)
         if self.device != "cpu":
             torch.cuda.empty_cache()  # the next shape needs other blocks, and some shapes need most of the memory
         return self.failed
@@ -962,7 +967,16 @@ def _replay(work: Callable[[int], object], launches: int, pools: int) -> Callabl
     with torch.cuda.graph(graph):
         for i in range(launches):
             work(i % pools)
-    return graph.replay
+
+    def again() -> None:
+        assert work is not None  # what the graph reads must stay alive
+        graph.replay()
+
+    return again
+
+
+EAGER = 7
+"""How often ten calls in a row are timed."""
 
 
 def times(work: Callable[[], object], device: str, budget: int | float = 0.2) -> list[float]:
@@ -1001,6 +1015,19 @@ def times(work: Callable[[], object], device: str, budget: int | float = 0.2) ->
         last.record()
     torch.cuda.synchronize()
     return [first.elapsed_time(last) * 1e3 for first, last in events]
+
+
+def eager(work: Callable[[], object]) -> list[float]:
+    """Microseconds of a call where the host launches call after call: what a training loop of this op alone sees."""
+    taken = []
+    for _ in range(EAGER):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(10):
+            work()
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - begin) * 1e5)
+    return taken
 
 
 def _quantiles(taken: Sequence[float]) -> tuple[float, float, float]:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sqlite3
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ def examine() -> dict[str, Any]:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report as lines to read."""
-    facts = {key: value for key, value in report.items() if key not in ("ok", "packages", "data")}
+    facts = {key: value for key, value in report.items() if key not in ("ok", "packages", "data", "kernels")}
     lines = [f"{key:<10}{value}" for key, value in facts.items()]
+    if report.get("kernels"):  # there are none where torch does not load
+        lines += ["", "kernels, for float32 and narrower"]
+        lines += [f"  {k['device']}: {k['path'] or 'none'} ({k['why']})" for k in report["kernels"]]
     lines += ["", "data is looked for in"]
     lines += [f"  {p['path']}  ({p['from']}; {'there' if p['exists'] else 'not there'})" for p in report["data"]]
     lines += ["", f"{'package':<18}{'installed':<12}{'pinned':<12}required"]
@@ -72,7 +76,50 @@ def _torch() -> dict[str, Any]:
         "cuda": torch.version.cuda or "none in this build",
         "threads": torch.get_num_threads(),
         "kernel": os.environ.get("TSGDN_KERNEL", "auto"),
+        "kernels": _kernels(),
     }
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """Per device: what an op would run there, and why."""
+    import torch
+
+    from tsgdn.kernels import kernel_for
+
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    rows = []
+    for device in devices:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it would say is in the row
+                path = kernel_for(device, torch.float32)
+            why = _why(device)
+        except (RuntimeError, ValueError) as error:  # a demand that cannot be met: every op there would say so
+            path, why = None, str(error)
+        rows.append({"device": str(device), "path": path, "why": why})
+    return rows
+
+
+def _why(device: Any) -> str:
+    """What decided, in the order in which `kernel_for` asks."""
+    import torch
+
+    from tsgdn.kernels.choice import HAS_TRITON, TESTED
+
+    demand = os.environ.get("TSGDN_KERNEL", "auto")
+    if demand != "auto":
+        return f"TSGDN_KERNEL={demand}"
+    if device.type != "cuda":
+        return "the Triton kernels are for GPUs"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if capability in TESTED:
+        return f"tested on {name}"
+    return f"not tested on {name}; run make test-gpu, then set TSGDN_KERNEL=triton"
 
 
 def _data_places() -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ COMMANDS = {
         "add_backtest_arguments",
         "run_backtest",
     ),
-    "bench": Command(SCORE, "tsgdn.cli.bench", "accuracy of every mixer, rows in a results.csv"),
+    "bench": Command(SCORE, "tsgdn.cli.bench", "accuracy of mixers, speed of kernels; rows in a results.csv"),
     "stream": Command(LIVE, "tsgdn.cli.stream", "observations in, quantile forecasts out, line by line"),
     "verify": Command(
         LIVE,
@@ -67,7 +67,7 @@ COMMANDS = {
         LIVE, "tsgdn.cli.model", "checkpoint to a folder that streams", "add_export_arguments", "run_export"
     ),
     "demo": Command(HELP, "tsgdn.cli.demo", "fit, evaluate and stream a small model, in minutes"),
-    "doctor": Command(HELP, "tsgdn.cli.doctor", "versions, device and where data is looked for"),
+    "doctor": Command(HELP, "tsgdn.cli.doctor", "versions, devices, their kernels, where data is looked for"),
 }
 
 EXTRAS = {"matplotlib": "plot"}

@@ -3,9 +3,20 @@
 from tsgdn.kernels.causal_conv import causal_conv
 from tsgdn.kernels.choice import kernel_for
 from tsgdn.kernels.gated_delta_rule import Readout, gated_delta_rule
-from tsgdn.kernels.prologue import prologue
+from tsgdn.kernels.prologue import prologue, silence, within
 from tsgdn.kernels.readout import readout
 from tsgdn.kernels.ssd import ssd
 from tsgdn.kernels.unit_length import unit_length
 
-__all__ = ["Readout", "causal_conv", "gated_delta_rule", "kernel_for", "prologue", "readout", "ssd", "unit_length"]
+__all__ = [
+    "Readout",
+    "causal_conv",
+    "gated_delta_rule",
+    "kernel_for",
+    "prologue",
+    "readout",
+    "silence",
+    "ssd",
+    "unit_length",
+    "within",
+]

@@ -7,6 +7,10 @@ from typing import Literal
 
 import torch
 
+try:
+    HAS_TRITON = find_spec("triton") is not None
+except ModuleNotFoundError:
+    HAS_TRITON = False
 TESTED = ((9, 0),)
 """Compute capabilities on which every configuration of the Triton kernels has passed `make test-gpu`."""
 
@@ -27,9 +31,8 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "tr
     # float64 is the tests' number format: only the torch path has it.
     if demand == "torch" or dtype == torch.float64 or (demand == "auto" and device.type != "cuda"):
         return "torch"
-    found = find_spec("triton") is not None
     if demand == "triton":
-        if not found:
+        if not HAS_TRITON:
             raise RuntimeError("TSGDN_KERNEL=triton, but triton cannot be imported; install it, or use torch or auto")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
@@ -37,7 +40,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "tr
                 "or set TRITON_INTERPRET=1 before the start to interpret the kernels slowly"
             )
         return "triton"
-    return "triton" if found and _is_tested(device) else "torch"
+    return "triton" if HAS_TRITON and _is_tested(device) else "torch"
 
 
 def _is_tested(device: torch.device) -> bool:

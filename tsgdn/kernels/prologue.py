@@ -2,11 +2,25 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real, Shaped
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
 
 from tsgdn.kernels.causal_conv import causal_conv
 from tsgdn.kernels.choice import kernel_for
+
+
+def within(lengths: Int[Tensor, " R"], tokens: int) -> Bool[Tensor, "R N"]:
+    """True where a token lies inside its row's length."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def silence(gap: Real[Tensor, "R N"], rate: Float[Tensor, " H"]) -> Float[Tensor, "R N H"]:
+    """Log decay of the old memory over `gap` patches of silence, at least -40.
+
+    exp(-40) is below the resolution of float64; a larger number would only cost the digits of the decays it is summed
+    with inside a chunk.
+    """
+    return (gap.to(rate.dtype)[..., None] * rate).clamp_min(-40.0)
 
 
 def prologue(
@@ -31,9 +45,8 @@ def prologue(
         beta_n = beta_max sigmoid(raw_beta) write_n
         log_decay_n = -exp(A_log) softplus(raw_dt + dt_bias) + max(gap_n rate, -40)
 
-    Source: Gated Delta Networks, arXiv 2412.06464; gaps and skipped writes are ours. exp(-40) is below the resolution
-    of float64; a larger number would cost the digits of the decays it is summed with inside a chunk. Gradients flow to
-    everything but `write`, `gap` and `lengths`; the Triton kernels have no second derivative.
+    Source: Gated Delta Networks, arXiv 2412.06464; gaps and skipped writes are ours, the bound is that of `silence`.
+    Gradients flow to everything but `write`, `gap` and `lengths`; the Triton kernels have no second derivative.
 
     Args:
         inputs: projections; what lies beyond a row's length must be finite.
@@ -77,12 +90,12 @@ def prologue(
     if decay and A_log is not None and dt_bias is not None:
         log_decay = -A_log.exp() * F.softplus(raw[..., heads:] + dt_bias)
         if gap is not None and rate is not None:
-            log_decay = log_decay + (gap.to(rate.dtype)[..., None] * rate).clamp_min(-40.0)
+            log_decay = log_decay + silence(gap, rate)
     restart = None if gap is None else gap > 0
     if write is not None:
         beta = beta * write.to(beta.dtype)[..., None]
     if lengths is not None:
-        valid = torch.arange(inputs.shape[1], device=lengths.device) < lengths[:, None]
+        valid = within(lengths, inputs.shape[1])
         beta, log_decay = beta * valid[..., None], torch.where(valid[..., None], log_decay, 0.0)
         restart = None if restart is None else restart & valid
     mixed, tail = causal_conv(inputs, conv_weight, conv_bias, state=tail, lengths=lengths, restart=restart)

@@ -15,32 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from tsgdn.kernels.layout import dense_last, power_of_two
+from tsgdn.kernels.pointwise import sigmoid, silu, softplus
 
 STEPS = 4
 """Tokens that a backward program loads before it works on them."""
-
-
-@triton.jit
-@no_type_check
-def _softplus(x):
-    # log(1 + e) = 2 artanh(e / (2 + e)) for e = exp(-|x|) <= 1: the series keeps all digits where e is small.
-    e = tl.exp(-tl.abs(x))
-    z = e / (2.0 + e)
-    z2 = z * z
-    series = z2 * (1 / 15) + 1 / 13
-    series = series * z2 + 1 / 11
-    series = series * z2 + 1 / 9
-    series = series * z2 + 1 / 7
-    series = series * z2 + 1 / 5
-    series = series * z2 + 1 / 3
-    return tl.maximum(x, 0.0) + 2.0 * z * (series * z2 + 1.0)
-
-
-@triton.jit
-@no_type_check
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))  # half the instructions of tl.exp
 
 
 @triton.jit
@@ -99,8 +78,7 @@ def _conv(
                 acc += tl.load(tail_ptr + at, mask=seen, other=0.0) * w[None, :]
     inside = (n < N)[:, None] & in_c[None, :]
     y_base = y_ptr + (row * N + block * BN) * C
-    y = acc / (1.0 + tl.exp2(acc * -LOG2E))
-    tl.store(y_base + t[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_base + t[:, None] * C + c[None, :], silu(acc).to(y_ptr.dtype.element_ty), mask=inside)
 
     if W > 1:
         if block == tl.maximum(length - 1, 0) // BN:
@@ -131,7 +109,7 @@ def _gates(
     in_t = t < tokens
     inside = in_t[:, None] & (h < H)[None, :]
     far = tl.cast(t, tl.int64)[:, None]
-    beta = beta_max * _sigmoid(tl.load(raw_ptr + far * G + h[None, :], mask=inside, other=0.0).to(tl.float32))
+    beta = beta_max * sigmoid(tl.load(raw_ptr + far * G + h[None, :], mask=inside, other=0.0).to(tl.float32))
     if write_ptr is not None:
         beta = beta * tl.load(write_ptr + t, mask=in_t, other=0).to(tl.float32)[:, None]
     g = tl.zeros([BT, BH], tl.float32)
@@ -139,7 +117,7 @@ def _gates(
         dt = tl.load(dt_ptr + h, mask=h < H, other=0.0).to(tl.float32)
         a = tl.exp(tl.load(a_ptr + h, mask=h < H, other=0.0).to(tl.float32))
         raw = tl.load(raw_ptr + far * G + (H + h)[None, :], mask=inside, other=0.0).to(tl.float32)
-        g = -a[None, :] * _softplus(raw + dt[None, :])
+        g = -a[None, :] * softplus(raw + dt[None, :])
         if gap_ptr is not None:
             rate = tl.load(rate_ptr + h, mask=h < H, other=0.0).to(tl.float32)
             gap = tl.load(gap_ptr + t, mask=in_t, other=0).to(tl.float32)
@@ -245,7 +223,7 @@ def _conv_gradient(
                 acc = bias + now * w[0]
                 for s in tl.static_range(1, W):
                     acc += x[s - 1] * w[s]
-                sig = _sigmoid(acc)
+                sig = sigmoid(acc)
                 dy = dys[i].to(tl.float32) * sig * (1.0 + acc * (1.0 - sig))
                 own = tl.where(n < last, dy, 0.0)
                 grown = (dw[0] + own * now,)
@@ -312,7 +290,7 @@ def _gates_gradient(
             live = inside & (t % N < tl.load(len_ptr + t // N, mask=in_t, other=0))[:, None]
         far = tl.cast(t, tl.int64)[:, None]
         at = far * H + h[None, :]
-        sig = _sigmoid(tl.load(raw_ptr + far * G + h[None, :], mask=inside, other=0.0).to(tl.float32))
+        sig = sigmoid(tl.load(raw_ptr + far * G + h[None, :], mask=inside, other=0.0).to(tl.float32))
         db = tl.zeros([BT, BH], tl.float32)
         if dbeta_ptr is not None:
             db = tl.load(dbeta_ptr + at, mask=live, other=0.0) * beta_max * sig * (1.0 - sig)
@@ -324,8 +302,8 @@ def _gates_gradient(
             if dg_ptr is not None:
                 dg = tl.load(dg_ptr + at, mask=live, other=0.0)
                 z = tl.load(raw_ptr + far * G + (H + h)[None, :], mask=inside, other=0.0).to(tl.float32) + dt[None, :]
-                dd = -dg * a[None, :] * _sigmoid(z)
-                da -= dg * a[None, :] * _softplus(z)
+                dd = -dg * a[None, :] * sigmoid(z)
+                da -= dg * a[None, :] * softplus(z)
                 ddt += dd
                 if gap_ptr is not None:
                     gap = tl.load(gap_ptr + t, mask=in_t, other=0).to(tl.float32)[:, None]
@@ -379,13 +357,9 @@ class _Plan(NamedTuple):
     parts: int
 
 
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _plan(rows: int, tokens: int, channels: int, taps: int, wide: bool) -> _Plan:
     # One warp per program, 16 bytes per thread and access; more taps need more registers per channel.
-    width = min(128 if wide or taps > 4 else 256, max(32, _power(channels)))
+    width = min(128 if wide or taps > 4 else 256, power_of_two(channels, 32))
     blocks = -(-channels // width)
     # Long walks waste little on the overlap and on the sums; short ones fill the device. Fixed by the shape alone, so
     # the sums are the same on every run.
@@ -396,11 +370,6 @@ def _plan(rows: int, tokens: int, channels: int, taps: int, wide: bool) -> _Plan
     spans = -(-tokens // span)
     per = max(1, work // span)
     return _Plan(width, blocks, span, spans, per, -(-rows * spans // per))
-
-
-def _strided(x: Tensor) -> Tensor:
-    """`x` itself if its last dimension is dense, so that a slice of a projection needs no copy."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _plain(x: Tensor | None) -> Tensor | None:
@@ -437,17 +406,17 @@ def prologue_op(
         if tail is not None:
             end.copy_(tail)
         return mixed, beta, log_decay, end if tail is not None else end.zero_()
-    inputs, taps = _strided(inputs), conv_weight.shape[1]
+    inputs, taps = dense_last(inputs), conv_weight.shape[1]
     # A single token per row leaves nothing to share between tokens.
     block = 1 if tokens == 1 else 32
-    width = min(1024 if tokens == 1 else 128, _power(channels))
+    width = min(1024 if tokens == 1 else 128, power_of_two(channels, 1))
     blocks, across = -(-tokens // block), -(-channels // width)
-    tiles, gates = rows * blocks * across, max(1, 1024 // _power(heads))
+    tiles, gates = rows * blocks * across, max(1, 1024 // power_of_two(heads, 1))
     prologue_kernel[(tiles + -(-rows * tokens // gates),)](  # pyright: ignore
         inputs, _plain(raw), _plain(conv_weight), _plain(conv_bias), _plain(A_log), _plain(dt_bias), _plain(rate),
         _plain(tail), _plain(write), _plain(gap), _plain(lengths), mixed, beta, log_decay, end,
         beta_max, tokens, blocks, tiles, rows * tokens, inputs.stride(0), inputs.stride(1),
-        C=channels, H=heads, W=taps, BN=block, BC=width, CB=across, BT=gates, BH=_power(heads),
+        C=channels, H=heads, W=taps, BN=block, BC=width, CB=across, BT=gates, BH=power_of_two(heads, 1),
         num_warps=4, num_stages=1,  # pyright: ignore
     )  # fmt: skip
     return mixed, beta, log_decay, end
@@ -499,7 +468,7 @@ def prologue_backward_op(
     rows, tokens, channels = inputs.shape
     if not inputs.numel():
         return dx, draw, dtail.zero_() if dend is None or not want_tail else dend.clone(), sums.zero_()
-    inputs, taps, total = _strided(inputs), conv_weight.shape[1], sums.numel()
+    inputs, taps, total = dense_last(inputs), conv_weight.shape[1], sums.numel()
     plan = _plan(rows, tokens, channels, taps, inputs.element_size() > 2)
     partial = sums.new_empty((plan.parts, total))
     walks = plan.parts * plan.blocks
@@ -511,7 +480,7 @@ def prologue_backward_op(
         beta_max, tokens, rows * plan.spans, plan.per, plan.spans, plan.span, walks, rows * tokens,
         -(-rows * tokens // plan.parts), total, of_taps + of_bias, inputs.stride(0), inputs.stride(1),
         C=channels, H=heads, W=taps, BC=plan.width, CB=plan.blocks, U=STEPS,
-        BT=max(1, 256 // _power(heads)), BH=_power(heads),
+        BT=max(1, 256 // power_of_two(heads, 1)), BH=power_of_two(heads, 1),
         num_warps=1, num_stages=1,  # pyright: ignore
     )  # fmt: skip
     return dx, draw, dtail, partial.sum(0)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from tsgdn.kernels.layout import power_of_two
+from tsgdn.kernels.pointwise import sigmoid
 
 PROGRAMS = 1024
 """At most so many programs share the backward: each writes one row of sums for the weight."""
@@ -40,7 +41,7 @@ def readout_tile(
 
     `weight` is float32, one number per channel. Returns float32.
     """
-    act = 1.0 / (1.0 + tl.exp2(gate * -LOG2E))
+    act = sigmoid(gate)
     if not SIGMOID:
         act = gate * act
     x = o
@@ -58,7 +59,7 @@ def readout_gradient_tile(
     dy, o, gate, weight, eps, DV: tl.constexpr, SIGMOID: tl.constexpr, NORM_FIRST: tl.constexpr, AXIS: tl.constexpr
 ):
     """Gradients of `o` and `gate`, and the terms whose sum over the tokens is that of `weight`; see `readout_tile`."""
-    sig = 1.0 / (1.0 + tl.exp2(gate * -LOG2E))
+    sig = sigmoid(gate)
     if SIGMOID:
         act = sig
         slope = sig * (1.0 - sig)
@@ -140,7 +141,7 @@ def _strided(gate: Tensor) -> Tensor:
 
 def _tile(value_dim: int) -> tuple[int, int]:
     """Vectors and padded channels of a tile of about 2048 numbers."""
-    padded = max(16, 1 << (value_dim - 1).bit_length())
+    padded = power_of_two(value_dim)
     return max(1, 2048 // padded), padded
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Real, Shaped
 from torch import Tensor, nn
 
-from tsgdn.mixers.layers import draws, linear, scale_output, undecayed, uniform, within
+from tsgdn.kernels import within
+from tsgdn.mixers.layers import draws, linear, scale_output, undecayed, uniform
 from tsgdn.mixers.memory import draw_decay
 
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, Real
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -37,20 +37,6 @@ def undecayed(values: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(values)
     parameter.no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
     return parameter
-
-
-def within(lengths: Int64[Tensor, " R"], tokens: int) -> Bool[Tensor, "R N"]:
-    """True where a token lies inside its row's length."""
-    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
-
-
-def silence(gap: Real[Tensor, "R N"], rate: Float[Tensor, " H"]) -> Float[Tensor, "R N H"]:
-    """Log decay of the old memory over `gap` patches of silence, at least -40.
-
-    exp(-40) is below the resolution of float64; a larger number would only cost the digits of the decays it is summed
-    with inside a chunk.
-    """
-    return (gap.to(rate.dtype)[..., None] * rate).clamp_min(-40.0)
 
 
 class RMSNorm(nn.Module):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Real, Shaped
 from torch import Tensor
 
-from tsgdn.kernels import causal_conv, ssd
-from tsgdn.mixers.layers import RMSNorm, draws, linear, silence, undecayed, uniform, within
+from tsgdn.kernels import causal_conv, silence, ssd, within
+from tsgdn.mixers.layers import RMSNorm, draws, linear, undecayed, uniform
 from tsgdn.mixers.memory import MemoryMixer, MemoryState, draw_decay
 
 

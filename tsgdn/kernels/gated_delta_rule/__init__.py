@@ -1,7 +1,7 @@
 """The gated delta rule with state: one op for every linear mixer; the equations are in docs/gated_delta_rule.md."""
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +43,8 @@ def gated_delta_rule(
     end_state: bool = True,
     residual: bool = False,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+    segments: int | None = None,
+) -> tuple[Any, ...]:
     """Continues the memory S by N tokens, in the order decay, predict, write, read.
 
         Sbar_n = Diag(exp(log_decay_n)) S_{n-1}
@@ -74,6 +75,9 @@ def gated_delta_rule(
         end_state: False: nobody needs S after the last token, and None is returned for it.
         residual: also return rho, what the memory could not predict.
         chunk: tokens per chunk on the torch path; None is the constant for Dk. It changes rounding and speed only.
+        segments: cut each row into at most this many pieces that run at the same time, on a GPU for rows x heads far
+            below its number of multiprocessors; None is 1. It changes rounding and speed only, and only where Triton
+            runs with N > 64 and every gate per head. Not with `cu_seqlens`.
 
     Returns:
         Outputs (R, N, H, Dv) in `v`'s number format, S after the last token in float32 or wider, and rho like the
@@ -83,7 +87,7 @@ def gated_delta_rule(
         ValueError: shapes that do not fit.
         RuntimeError: `TSGDN_KERNEL=triton` without Triton.
     """
-    check_inputs(q, k, v, log_decay, beta, erase, delta, state, chunk, cu_seqlens)
+    check_inputs(q, k, v, log_decay, beta, erase, delta, state, chunk, cu_seqlens, segments)
     wide = torch.promote_types(v.dtype, torch.float32)
     if state is not None:
         wide = torch.promote_types(wide, state.dtype)
@@ -96,7 +100,7 @@ def gated_delta_rule(
             o, end, rho = run(
                 q, k, v, log_decay, beta, erase, delta, state,
                 norm=norm, scale=float(scale), cu_seqlens=cu_seqlens, want_end=end_state, want_rho=residual,
-                readout=after,
+                readout=after, segments=segments,
             )  # fmt: skip
             end = end if end_state else None
             return (o, end, rho) if residual else (o, end)
@@ -113,19 +117,19 @@ def gated_delta_rule(
             ends = cu_seqlens.tolist()
             parts = [
                 _in_torch(
-                    *(None if x is None else x[:, a:b] for x in given),  # pyright: ignore
-                    delta,
-                    None if state is None else state[s : s + 1],
-                    wide,
-                    chunk,
+                    *(x if x is None else x[:, a:b] for x in given),  # pyright: ignore
+                    delta=delta,
+                    state=None if state is None else state[s : s + 1],
+                    wide=wide,
+                    chunk=chunk,
                 )
                 for s, (a, b) in enumerate(pairwise(ends))
             ]
             o, rho = (torch.cat([part[i] for part in parts], 1) for i in (0, 2))
             end = torch.cat([part[1] for part in parts])
         if readout is not None:
-            gate, weight, *how = readout
-            o = gated_norm(o, gate, weight, **dict(zip(("eps", "activation", "norm_first"), how, strict=True)))
+            gate, weight, eps, activation, norm_first = readout
+            o = gated_norm(o, gate, weight, eps=eps, activation=activation, norm_first=norm_first)
     end = end if end_state else None
     return (o, end, rho) if residual else (o, end)
 
@@ -162,6 +166,7 @@ def check_inputs(
     state: Tensor | None,
     chunk: int | None,
     cu_seqlens: Tensor | None = None,
+    segments: int | None = None,
 ) -> None:
     """Raises ValueError, saying what came and what was expected, where the arguments of the op do not fit."""
     if k.dim() != 4 or q.shape != k.shape:
@@ -193,3 +198,9 @@ def check_inputs(
         raise ValueError(f"state is {tuple(state.shape)}; it must be (R, H, Dk, Dv) = {expected}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    if segments is not None and segments < 1:
+        raise ValueError(f"segments is {segments}; it must be at least 1")
+    if segments is not None and cu_seqlens is not None:
+        raise ValueError(
+            f"segments={segments} came with cu_seqlens; packed sequences are not cut further: leave one of them out"
+        )

@@ -14,7 +14,7 @@ import triton.language as tl
 from tsgdn.kernels.gated_delta_rule.tiles import LOG2E, running, sequence, unit_scale, within
 
 
-@triton.jit(do_not_specialize=["scale", "N", "H", "GROUP"])
+@triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP"])
 @no_type_check
 def reverse_kernel(
     q_ptr,
@@ -31,6 +31,7 @@ def reverse_kernel(
     solve_ptr,
     cu_ptr,
     scale,
+    one,
     N,
     H,
     GROUP,
@@ -108,12 +109,11 @@ def reverse_kernel(
         high, low, high_end, low_end = running(g, EXACT)
         since_start = tl.exp2(high + low)
         qf = q.to(tl.float32)
-        qf = qf * (unit_scale(qf, NORM, 1) * scale)[:, None]
+        qf = qf * (unit_scale(qf, one, NORM) * scale)[:, None]
         q = qf.to(DT)
         kf = k.to(tl.float32)
-        if NORM:
-            kf = kf * unit_scale(kf, NORM, 1)[:, None]
-            k = kf.to(DT)
+        kf = kf * unit_scale(kf, one, NORM)[:, None]
+        k = kf.to(DT)
         between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
         L = tl.exp2(tl.where(r >= c, between, -float("inf")))
         kT = tl.trans(k)
@@ -158,7 +158,7 @@ def _state(kept, given_ptr, offset, at, mask, inner, GIVEN: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["scale", "N", "H", "GROUP"])
+@triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP"])
 @no_type_check
 def gradient_kernel(
     q_ptr,
@@ -182,6 +182,7 @@ def gradient_kernel(
     db_ptr,
     de_ptr,
     scale,
+    one,
     N,
     H,
     GROUP,
@@ -261,13 +262,11 @@ def gradient_kernel(
     since_start = tl.exp2(high + low)
     to_end = tl.exp2((high_end - high) + (low_end - low))
     qf = q.to(tl.float32)
-    q_unit = unit_scale(qf, NORM, 1) * scale
+    q_unit = unit_scale(qf, one, NORM) * scale
     q = (qf * q_unit[:, None]).to(DT)
-    k_unit = tl.full([C], 1.0, tl.float32)
-    if NORM:
-        kf = k.to(tl.float32)
-        k_unit = unit_scale(kf, NORM, 1)
-        k = (kf * k_unit[:, None]).to(DT)
+    kf = k.to(tl.float32)
+    k_unit = unit_scale(kf, one, NORM)
+    k = (kf * k_unit[:, None]).to(DT)
     # Does the chunk begin with a state, and does the state at its end matter?
     begins = (n > 0) | HAS_STATE
     ends = (n + C < length) | HAS_END

@@ -29,7 +29,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsgdn.kernels.gated_delta_rule.tiles import EPS, LOG2E, unit_inverse
+from tsgdn.kernels.gated_delta_rule.tiles import EPS, unit_inverse
+from tsgdn.kernels.layout import power_of_two
+from tsgdn.kernels.pointwise import LOG2E
 
 CHUNK = 16
 """Tokens per chunk, the same for every size: saved states lie this far apart. 32 works as well."""
@@ -601,7 +603,7 @@ def padded(key_dim: int, value_dim: int) -> tuple[int, int]:
         raise ValueError(
             f"key_dim is {key_dim}, value_dim {value_dim}; expected key_dim in 1..128, or TSGDN_KERNEL=torch"
         )
-    return max(16, 1 << (key_dim - 1).bit_length()), min(128, max(16, 1 << (value_dim - 1).bit_length()))
+    return power_of_two(key_dim), min(128, power_of_two(value_dim))
 
 
 class _Plan(NamedTuple):

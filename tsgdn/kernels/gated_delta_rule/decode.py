@@ -14,7 +14,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from tsgdn.kernels.gated_delta_rule import check_inputs
 from tsgdn.kernels.gated_delta_rule.tiles import EPS
+from tsgdn.kernels.layout import dense_last, power_of_two
 
 
 class Tile(NamedTuple):
@@ -41,18 +43,13 @@ TILES = {
 LARGEST_KEY = 256
 
 
-def padded(size: int) -> int:
-    """The power of two, at least 16, that a tile gives to a dimension of this size."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def tile_for(key_dim: int, value_dim: int) -> Tile:
     """The pinned tile of a head size; sizes without their own take that of the nearest that holds their keys.
 
     Raises:
         ValueError: a key size that no tile holds.
     """
-    keys, values = padded(key_dim), padded(value_dim)
+    keys, values = power_of_two(key_dim), power_of_two(value_dim)
     if keys > LARGEST_KEY:
         raise ValueError(f"key_dim is {key_dim}; the one-token kernels take up to {LARGEST_KEY}, use the torch path")
     found = TILES.get((keys, values))
@@ -253,11 +250,6 @@ def decode_kernel(
     store_tile(s1_ptr + place, S, inside, WHOLE)
 
 
-def _strided(x: Tensor) -> Tensor:
-    """`x` itself if the channels of a head lie side by side, so that a slice of a projection needs no copy."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("tsgdn::decode", mutates_args=())
 def decode_op(
     q: Tensor,
@@ -280,10 +272,10 @@ def decode_op(
     check_can_run(decode_kernel, v.device)
     tile = tile_for(key_dim, value_dim)
     parts = -(-value_dim // tile.values)
-    q, k, v = _strided(q), _strided(k), _strided(v)
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
     kind = 0 if erase is None or not delta else erase.dim() - 2
     sizes: dict[str, Any] = {
-        "H": heads, "HK": k.shape[2], "DK": key_dim, "DV": value_dim, "BK": padded(key_dim), "BV": tile.values,
+        "H": heads, "HK": k.shape[2], "DK": key_dim, "DV": value_dim, "BK": power_of_two(key_dim), "BV": tile.values,
         "PARTS": parts, "DELTA": delta, "NORM": norm, "HAS_STATE": state is not None, "ERASE": kind,
         "DECAY_CHANNELS": log_decay.dim() == 4, "BETA_CHANNELS": beta.dim() == 4, **launch_options(tile.warps),
     }  # fmt: skip
@@ -362,26 +354,9 @@ def _check(
     delta: bool,
     state: Tensor | None,
 ) -> None:
-    if k.dim() != 4 or q.shape != k.shape:
-        raise ValueError(f"q is {tuple(q.shape)} and k {tuple(k.shape)}; both must be (R, N, HK, Dk)")
-    if v.dim() != 4 or v.shape[:2] != k.shape[:2] or v.shape[2] % k.shape[2]:
-        raise ValueError(f"v is {tuple(v.shape)}; with k {tuple(k.shape)} it must be (R, N, H, Dv), H a multiple of HK")
-    for name, x in {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}.items():
-        check_float(name, x)
-    head = v.shape[:3]
-    keys = (*head, k.shape[3])
-    if log_decay.shape not in (head, keys):
-        raise ValueError(f"log_decay is {tuple(log_decay.shape)}; it must be {tuple(head)} or {keys}")
-    if beta.shape not in (head, v.shape):
-        raise ValueError(f"beta is {tuple(beta.shape)}; it must be {tuple(head)} or {tuple(v.shape)}")
-    if erase is None and delta and beta.dim() != 3:
-        raise ValueError(f"beta is per value channel {tuple(beta.shape)}: erase cannot be tied to it; pass erase")
-    if erase is not None:
-        check_float("erase", erase)
-        if not delta:
-            raise ValueError("erase came with delta=False, which erases nothing; leave one of them out")
-        if erase.shape not in (head, keys):
-            raise ValueError(f"erase is {tuple(erase.shape)}; it must be {tuple(head)} or {keys}")
-    expected = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    if state is not None and (state.shape != expected or state.dtype != torch.float32):
-        raise ValueError(f"state is {tuple(state.shape)} {state.dtype}; it must be (R, H, Dk, Dv) = {expected} float32")
+    check_inputs(q, k, v, log_decay, beta, erase, delta, state, None)
+    for name, x in {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "erase": erase}.items():
+        if x is not None:
+            check_float(name, x)
+    if state is not None and state.dtype != torch.float32:
+        raise ValueError(f"state is {state.dtype}; the one-token kernels keep it in float32, use the torch path")

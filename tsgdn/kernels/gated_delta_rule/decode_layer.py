@@ -25,9 +25,10 @@ from tsgdn.kernels.gated_delta_rule.decode import (
     check_float,
     launch_options,
     load_tile,
-    padded,
     store_tile,
 )
+from tsgdn.kernels.layout import dense_last, power_of_two
+from tsgdn.kernels.pointwise import sigmoid, silu, softplus
 
 # Warps by (key, value) sizes padded to powers of two. The norm of the output needs a head's whole state in one program;
 # a thread holds up to 128 numbers of it. With more warps than key channels / 32 the compiler repeats the convolution in
@@ -50,31 +51,13 @@ def warps_for(key_dim: int, value_dim: int) -> int:
     Raises:
         ValueError: a head that is too large for one program.
     """
-    keys, values = padded(key_dim), padded(value_dim)
+    keys, values = power_of_two(key_dim), power_of_two(value_dim)
     fitting = [size for size in WARPS if size[0] >= keys and size[1] >= values]
     if not fitting:
         raise ValueError(
             f"the head is {key_dim} x {value_dim}; decode_pool takes up to {LARGEST} x {LARGEST}, use decode"
         )
     return WARPS[min(fitting, key=lambda size: size[0] * size[1])]
-
-
-@triton.jit
-@no_type_check
-def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-@no_type_check
-def softplus(x):
-    """log(1 + exp(x)) to float32's relative precision, also where exp(x) vanishes beside 1, as in long memories."""
-    small = tl.exp(-tl.abs(x))
-    sum_ = 1.0 + small
-    # The rounding of the sum is undone: log(u) is multiplied by small / (u - 1), which is nearly 1.
-    rest = tl.where(sum_ == 1.0, 1.0, sum_ - 1.0)
-    return tl.maximum(x, 0.0) + tl.where(sum_ == 1.0, small, tl.log(sum_) * (small / rest))
 
 
 @triton.jit
@@ -93,7 +76,7 @@ def convolved(
         old = tl.load(tail_base + j * CHANNELS + channel, mask=inside & (channel < kept), other=0.0)
         total += old * tl.load(w_ptr + channel * W + j, mask=inside, other=0.0).to(tl.float32)
         inputs = inputs + (old,)  # noqa: RUF005  # a Triton tuple
-    return total * sigmoid(total), inputs + (x,)  # noqa: RUF005
+    return silu(total), inputs + (x,)  # noqa: RUF005
 
 
 @triton.jit
@@ -273,10 +256,10 @@ def decode_pool_op(
     rows, tokens, _ = inputs.shape
     slots, heads, key_dim, value_dim = memory.shape
     taps, key_heads = conv_weight.shape[1], _key_heads(inputs, memory)
-    inputs, gate, raw = (x if x.stride(2) == 1 else x.contiguous() for x in (inputs, gate, raw))
+    inputs, gate, raw = (dense_last(x) for x in (inputs, gate, raw))
     sizes: dict[str, Any] = {
-        "H": heads, "HK": key_heads, "DK": key_dim, "DV": value_dim, "W": taps, "BK": padded(key_dim),
-        "BV": padded(value_dim), "SCALE": key_dim**-0.5, "DELTA": delta,
+        "H": heads, "HK": key_heads, "DK": key_dim, "DV": value_dim, "W": taps, "BK": power_of_two(key_dim),
+        "BV": power_of_two(value_dim), "SCALE": key_dim**-0.5, "DELTA": delta,
         "DECAY": A_log is not None, "BIAS": conv_bias is not None, "WRITE": write is not None, "GAP": gap is not None,
         "SIGMOID": sigmoid_gate, "NORM_FIRST": norm_before_gate, **launch_options(warps_for(key_dim, value_dim)),
     }  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from tsgdn.kernels.gated_delta_rule.tiles import LOG2E, running, sequence, unit_inverse, unit_scale, within
 
 
-@triton.jit(do_not_specialize=["scale", "N", "H", "GROUP", "eps"])
+@triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP", "eps"])
 @no_type_check
 def forward_kernel(
     q_ptr,
@@ -34,6 +34,7 @@ def forward_kernel(
     w_ptr,
     y_ptr,
     scale,
+    one,
     eps,
     N,
     H,
@@ -125,11 +126,10 @@ def forward_kernel(
         b = tl.load(b_ptr + g_base + n64 * H + ti * H, mask=m, other=0.0)
         high, low, high_end, low_end = running(g, EXACT)
         since_start = tl.exp2(high + low)
-        if NORM:
-            kf = k.to(tl.float32)
-            k = (kf * unit_scale(kf, NORM, 1)[:, None]).to(DT)
-            qf = q.to(tl.float32)
-            q = (qf * unit_scale(qf, NORM, 1)[:, None]).to(DT)
+        kf = k.to(tl.float32)
+        k = (kf * unit_scale(kf, one, NORM)[:, None]).to(DT)
+        qf = q.to(tl.float32)
+        q = (qf * unit_scale(qf, one, NORM)[:, None]).to(DT)
         # [j, i]: column j's share in row i; masked before the exponential.
         between = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
         L = tl.exp2(tl.where(r <= c, between, -float("inf")))

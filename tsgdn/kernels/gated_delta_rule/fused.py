@@ -88,7 +88,7 @@ def _heads_together(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+def _plain(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -99,6 +99,11 @@ def _rows(k: Tensor, cu_seqlens: Tensor | None) -> int:
 def _slots(rows: int, tokens: int, packed: bool, every: int) -> int:
     """Places for one entry per `every` tokens of each row; packed rows may waste one place each."""
     return tokens // every + rows if packed else rows * -(-tokens // every)
+
+
+def piece_length(tokens: int, segments: int) -> int:
+    """Tokens per piece where a row is cut into at most `segments`: a multiple of 64; the last may be shorter."""
+    return -(-tokens // (64 * segments)) * 64
 
 
 def _options(launch: Launch) -> dict[str, int]:
@@ -145,7 +150,7 @@ def forward_op(
     if rows * heads and tokens:
         forward_kernel[(rows * heads * tiles,)](  # pyright: ignore
             q, k, v, log_decay, beta, erase, o, rho, state, end, kept, solve, cu_seqlens, gate, weight, y,
-            scale, eps, tokens, heads, heads // k.shape[2],
+            scale, 1.0, eps, tokens, heads, heads // k.shape[2],
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             0 if gate is None else gate.stride(0), 0 if gate is None else gate.stride(1),
             DK=key_dim, DV=value_dim, BK=keys, BV=width, TILES=tiles, C=launch.chunk, SAVE=config.gradient.chunk,
@@ -232,7 +237,8 @@ def backward_op(
     }  # fmt: skip
     width, tiles = _tiles(config.reverse, values)
     reverse_kernel[(rows * heads * tiles,)](  # pyright: ignore
-        q, k, log_decay, beta, erase, do, drho, dend, start, dv, ends, solve, cu_seqlens, scale, tokens, heads, group,
+        q, k, log_decay, beta, erase, do, drho, dend, start, dv, ends, solve, cu_seqlens,
+        scale, 1.0, tokens, heads, group,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         BV=width, TILES=tiles, C=config.reverse.chunk, SAVE=every, WANT_START=want_start, HAS_RHO=drho is not None,
         **shared, **_options(config.reverse),
@@ -244,7 +250,7 @@ def backward_op(
     width, tiles = _tiles(config.gradient, values)
     gradient_kernel[(places * heads,)](  # pyright: ignore
         q, k, v, log_decay, beta, erase, do, rho, state, dend, kept, ends, cu_seqlens, row_of,
-        dq, dk, dv, dg, db, de, scale, tokens, heads, group,
+        dq, dk, dv, dg, db, de, scale, 1.0, tokens, heads, group,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         BV=width, TILES=tiles, C=every, DIRECT=every >= 64, HAS_STATE=state is not None, **shared,
         **_options(config.gradient),
@@ -409,7 +415,7 @@ def _decode_keep(ctx: Any, inputs: Any, output: Any) -> None:
 def _decode_backward(ctx: Any, do: Any, dend: Any, drho: Any) -> Any:
     # One token: its few products are computed again in torch.
     with torch.enable_grad():
-        given = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        given: list[Any] = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
         q, k, v, log_decay, beta, erase, state = given
         start = state
         if start is None:
@@ -444,6 +450,7 @@ def run(
     want_end: bool,
     want_rho: bool,
     readout: tuple[Tensor, Tensor, float, bool, bool] | None,
+    segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (or their readout), end state and residuals (empty unless wanted); arguments as `gated_delta_rule`."""
     gates = (log_decay.float(), beta.float(), None if erase is None else erase.float())
@@ -465,6 +472,12 @@ def run(
             o, end, rho, _ = channelwise_op(
                 q, k, v, log_decay, beta, erase, state, cu_seqlens, scale, delta, norm, want_rho, keep
             )
+    elif segments is not None and (length := piece_length(v.shape[1], segments)) < v.shape[1]:
+        from tsgdn.kernels.gated_delta_rule.segments import segmented_op  # it imports this module
+
+        o, end, rho, *_ = segmented_op(
+            q, k, v, *gates, state, length, scale, delta, norm, want_end, want_rho, keep
+        )  # fmt: skip
     else:
         fits = readout is not None and _tiles(pinned(k.shape[3], v.shape[3], v.dtype)[2].forward, v.shape[3])[1] <= 1
         gate, weight, eps, code = None, None, 0.0, 0
