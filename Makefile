@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 
@@ -27,8 +28,8 @@ test: $(STAMP) ## lint, types, import contracts and the fast tests
 	@$(MAKE) --no-print-directory lint
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
 
-test-gpu: $(STAMP) ## tests that need a CUDA device
-	$(PYTEST) -m gpu $(ARGS)
+test-gpu: $(STAMP) ## tests that need a CUDA device (GPU_WORKERS=8 processes: compiling takes most of the time)
+	$(PYTEST) -n $(GPU_WORKERS) -m gpu $(ARGS)
 
 test-e2e: $(STAMP) ## the slow tests: whole fits, process groups, published numbers
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu" $(ARGS)

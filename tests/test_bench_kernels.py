@@ -261,8 +261,11 @@ def test_without_a_repository_the_environment_names_the_commit(monkeypatch, told
     assert (found["commit"], found["dirty"]) == (commit, dirty)
 
 
-def test_a_repository_counts_more_than_the_environment(monkeypatch):
+def test_the_environment_counts_more_than_a_repository_that_the_code_may_merely_lie_in(monkeypatch):
     monkeypatch.setattr(record, "_git", lambda *arguments: "f" * 40 if arguments[0] == "rev-parse" else "")
     monkeypatch.setenv("TSGDN_COMMIT", "0123456+")
+    found = record.provenance()
+    assert (found["commit"], found["dirty"]) == ("0123456", 1)
+    monkeypatch.delenv("TSGDN_COMMIT")
     found = record.provenance()
     assert (found["commit"], found["dirty"]) == ("f" * 12, 0)

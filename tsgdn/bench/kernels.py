@@ -1131,14 +1131,16 @@ def plot(results: Path) -> list[Path]:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    found = [line for line in ratios(_read(results)) if line["ratio"] is not None and line["contestant"] not in OURS]
+    apart = (*OURS, "floor")
+    found = [line for line in ratios(_read(results)) if line["ratio"] is not None and line["contestant"] not in apart]
+    order = [shape.name for shape in _shapes()]
     written = []
     for direction in DIRECTIONS:
         for norm in NORMS:
             lines = [line for line in found if line["direction"] == direction and line["norm"] == norm]
             if not lines:
                 continue
-            shapes = list(dict.fromkeys(line["shape"] for line in lines))
+            shapes = sorted({line["shape"] for line in lines}, key=order.index)
             names = list(dict.fromkeys(line["contestant"] for line in lines))
             figure, axes = pyplot.subplots(figsize=(max(5.0, 1.1 * len(shapes)), 3.6), layout="constrained")
             for number, name in enumerate(names):
@@ -1147,11 +1149,10 @@ def plot(results: Path) -> list[Path]:
                 heights = [bars.get(shape, math.nan) for shape in shapes]
                 axes.bar(places, heights, 0.8 / len(names), label=name)
             axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_yscale("log")
             axes.set_xticks(range(len(shapes)), shapes, rotation=45 if len(shapes) > 6 else 0)
-            axes.set_ylabel("time / time of tsgdn")
+            axes.set_ylabel("their time / time of tsgdn")
             axes.set_title(f"{direction}, norm {norm}; {lines[-1]['hardware']}", fontsize=10)
-            axes.legend(fontsize=8, ncols=3)
+            figure.legend(fontsize=8, ncols=3, loc="outside lower center")
             path = results.parent / f"speedup_{direction.replace('+', '_')}_{norm}.png"
             figure.savefig(path, dpi=120)
             pyplot.close(figure)

@@ -56,11 +56,12 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     Results themselves do not make the code dirty, or every second row would be. On a machine that has the code without
     its repository the variable TSGDN_COMMIT names the commit; a plus sign at its end says that the code differs.
     """
-    head, changed = _git("rev-parse", "HEAD"), None
-    if head:
-        changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/results.csv")
-    elif told := os.environ.get("TSGDN_COMMIT", "").strip():
+    if told := os.environ.get("TSGDN_COMMIT", "").strip():  # before git: the code may lie inside another repository
         head, changed = told.rstrip("+"), told[len(told.rstrip("+")) :]
+    elif head := _git("rev-parse", "HEAD"):
+        changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude,glob)**/results.csv")
+    else:
+        changed = None
     return {
         "commit": (head or "unknown")[:12],
         "dirty": "unknown" if changed is None else int(bool(changed)),

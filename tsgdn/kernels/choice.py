@@ -12,14 +12,14 @@ try:
 except ModuleNotFoundError:
     HAS_TRITON = False
 TESTED = ((9, 0),)
-"""Compute capabilities on which every configuration of the Triton kernels has passed `make test-gpu`."""
+"""Compute capabilities on which the Triton kernels have passed `make test-gpu`."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
     """The implementation for tensors of this device and number format; `TSGDN_KERNEL=torch|triton|auto` overrides.
 
     auto is Triton for float32 and narrower on a GPU generation of `TESTED`, else torch. On another generation a warning
-    says so once: the compiler has produced wrong numbers from right kernels there before.
+    says so: the compiler has produced wrong numbers from right kernels there before.
 
     Raises:
         RuntimeError: Triton was demanded and cannot run here.

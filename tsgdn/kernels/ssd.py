@@ -68,7 +68,5 @@ def ssd(
     log_decay = dt * A
     if log_decay_extra is not None:
         log_decay = log_decay + log_decay_extra
-    if groups != heads:
-        B, C = (g.repeat_interleave(heads // groups, 2) for g in (B, C))
     y, end = gated_delta_rule(C, B, x, log_decay=log_decay, beta=dt, delta=False, state=state, chunk=chunk)  # pyright: ignore
     return y, end
