@@ -11,7 +11,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from tsgdn.kernels.gated_delta_rule.tiles import LOG2E, running, sequence, unit_scale, within
+from tsgdn.kernels.gated_delta_rule.tiles import running, sequence, unit_scale, within
+from tsgdn.kernels.pointwise import LOG2E
 
 
 @triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP"])

@@ -11,7 +11,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from tsgdn.kernels.gated_delta_rule.tiles import LOG2E, running, sequence, unit_inverse, unit_scale, within
+from tsgdn.kernels.gated_delta_rule.tiles import running, sequence, unit_inverse, unit_scale, within
+from tsgdn.kernels.pointwise import LOG2E, sigmoid
 
 
 @triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP", "eps"])
@@ -166,7 +167,7 @@ def forward_kernel(
                 gate_base + head * DV + n64 * gate_token + ti[None, :] * gate_token + dv[:, None], mask=of_v, other=0.0
             ).to(tl.float32)
             weight = tl.load(w_ptr + dv, mask=in_v, other=0.0).to(tl.float32)
-            open_ = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
+            open_ = sigmoid(gate)
             if READOUT <= 2:
                 open_ = gate * open_
             x = o.to(DT).to(tl.float32)

@@ -15,6 +15,7 @@ from tsgdn.kernels.gated_delta_rule.channelwise import channelwise_backward, cha
 from tsgdn.kernels.gated_delta_rule.decode import decode_op
 from tsgdn.kernels.gated_delta_rule.forward import forward_kernel
 from tsgdn.kernels.gated_delta_rule.step import step
+from tsgdn.kernels.layout import power_of_two
 from tsgdn.kernels.readout_fused import fused_readout, readout_backward_op
 from tsgdn.kernels.unit_length import unit_length
 
@@ -69,7 +70,7 @@ def pinned(key_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, int, 
     Raises:
         ValueError: sizes that no configuration serves.
     """
-    keys, values = max(16, 1 << (key_dim - 1).bit_length()), max(16, 1 << (value_dim - 1).bit_length())
+    keys, values = power_of_two(key_dim), power_of_two(value_dim)
     if keys > LARGEST[0] or values > LARGEST[1]:
         raise ValueError(
             f"heads of {key_dim} x {value_dim} are too large for the Triton kernels, which take up to "

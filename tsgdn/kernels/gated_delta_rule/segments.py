@@ -26,7 +26,8 @@ from tsgdn.kernels.gated_delta_rule.fused import (
     forward_op,
     pinned,
 )
-from tsgdn.kernels.gated_delta_rule.tiles import LOG2E, running, unit_inverse, unit_scale
+from tsgdn.kernels.gated_delta_rule.tiles import running, unit_inverse, unit_scale
+from tsgdn.kernels.pointwise import LOG2E
 
 
 @triton.jit(do_not_specialize=["one", "N", "LENGTH", "P", "H", "GROUP"])

@@ -5,8 +5,6 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from tsgdn.kernels.pointwise import LOG2E as LOG2E  # the decays' kernels take exponentials to base 2
-
 EPS = tl.constexpr(1e-6)
 
 
