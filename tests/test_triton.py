@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsgdn import checks
 from tsgdn.kernels import Readout, gated_delta_rule, readout, unit_length
 from tsgdn.kernels.gated_delta_rule.reference import reference
+from tsgdn.mixers import build
 
 triton = pytest.importorskip("triton")
 
@@ -158,6 +160,20 @@ def test_cutting_anywhere_changes_nothing(form: str) -> None:
         torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gated_deltanet", "mamba2"])
+def test_a_mixer_on_these_kernels_obeys_the_law(name: str) -> None:
+    mixer = build(name, 16, {"heads": 2, "key_dim": 8, "value_dim": 8}).to(DEVICE)
+    x, bounds = torch.randn(2, C + 5, 16, device=DEVICE), {"rtol": 1e-5, "atol": 1e-5}
+    checks.check_streaming(mixer, x, **bounds)
+    checks.check_step(mixer, x[:, :4], **bounds)
+    checks.check_causal(mixer, x)
+    checks.check_state_is_a_value(mixer, x)
+    checks.check_rows_independent(mixer, x, **bounds)
+    checks.check_reset(mixer, x)
+    checks.check_snapshot(mixer, x)
+    checks.check_gradients_streaming(mixer, x, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["gated delta", "kda"])
 def test_packed_sequences_equal_separate_ones(form: str) -> None:
     ends = [0, 33, 34, 70, 86]
@@ -207,12 +223,12 @@ def test_slices_of_a_projection_need_no_copy_and_give_the_same() -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("tokens", [1, C + 5])
-def test_the_readout_in_the_store_is_the_readout(activation: Any, norm_first: bool, tokens: int) -> None:
-    a = make("gated delta", 1, tokens, 2, 8, 16)
+@pytest.mark.parametrize(("tokens", "value"), [(1, 16), (C + 5, 16), (C + 5, 40)])  # 40: more than one tile of values
+def test_the_readout_in_the_store_is_the_readout(activation: Any, norm_first: bool, tokens: int, value: int) -> None:
+    a = make("gated delta", 1, tokens, 2, 8, value)
     leaves = {name: x.requires_grad_() for name, x in a.items() if isinstance(x, Tensor)}
-    gate = torch.randn(1, tokens, 2, 16, device=DEVICE, requires_grad=True)
-    weight = torch.randn(16, device=DEVICE, requires_grad=True)
+    gate = torch.randn(1, tokens, 2, value, device=DEVICE, requires_grad=True)
+    weight = torch.randn(value, device=DEVICE, requires_grad=True)
     y, end = gated_delta_rule(**a, readout=Readout(gate, weight, 1e-5, activation, norm_first))
     o, plain_end = gated_delta_rule(**a)
     want = readout(o, gate, weight, activation=activation, norm_first=norm_first)
@@ -252,7 +268,8 @@ def test_the_ops_follow_the_rules_of_torch() -> None:
         None,
         0.3,
         0.0,
-        0,
+        False,
+        True,
         True,
         True,
         True,

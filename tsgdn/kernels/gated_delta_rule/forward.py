@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from tsgdn.kernels.gated_delta_rule.tiles import running, sequence, unit_inverse, unit_scale, within
-from tsgdn.kernels.pointwise import LOG2E, sigmoid
+from tsgdn.kernels.pointwise import LOG2E
+from tsgdn.kernels.readout_fused import readout_tile
 
 
 @triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP", "eps"])
@@ -65,6 +66,8 @@ def forward_kernel(
     WANT_RHO: tl.constexpr,
     WANT_O: tl.constexpr,
     READOUT: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
@@ -72,8 +75,7 @@ def forward_kernel(
 
     KEEP also writes what the backward would compute again: the state at every SAVE tokens and the solve of each chunk.
 
-    READOUT: 0 none; else gated RMSNorm in the store: 1 + (2 if the gate's activation is a sigmoid, not SiLU) +
-    (1 if the gate comes before the norm).
+    READOUT puts the gated RMSNorm into the store; it needs all value channels in one program.
     """
     DT: tl.constexpr = v_ptr.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DT
@@ -86,7 +88,6 @@ def forward_kernel(
     head = (pid // TILES) % H
     row = tl.cast(pid // TILES // H, tl.int64)
     dv = tile * BV + tl.arange(0, BV)
-    in_v = dv < DV
     start, length = sequence(cu_ptr, row, N, PACKED)
     if PACKED:
         q_base = q_ptr + start * q_token
@@ -158,7 +159,7 @@ def forward_kernel(
             tl.store(o_ptr + token + at_o, o.to(DT), mask=of_v)
         if WANT_RHO:  # also for the backward, which then solves nothing
             tl.store(rho_ptr + token + at_o, U.to(DT), mask=of_v)
-        if READOUT > 0:
+        if READOUT:
             if PACKED:
                 gate_base = gate_ptr + start * gate_token
             else:
@@ -166,16 +167,8 @@ def forward_kernel(
             gate = tl.load(
                 gate_base + head * DV + n64 * gate_token + ti[None, :] * gate_token + dv[:, None], mask=of_v, other=0.0
             ).to(tl.float32)
-            weight = tl.load(w_ptr + dv, mask=in_v, other=0.0).to(tl.float32)
-            open_ = sigmoid(gate)
-            if READOUT <= 2:
-                open_ = gate * open_
-            x = o.to(DT).to(tl.float32)
-            if READOUT % 2 == 0:
-                x = x * open_
-            y = x * tl.rsqrt(tl.sum(x * x, 0) / DV + eps)[None, :] * weight[:, None]
-            if READOUT % 2 == 1:
-                y = y * open_
+            weight = tl.load(w_ptr + dv, mask=dv < DV, other=0.0).to(tl.float32)
+            y = readout_tile(o.to(DT).to(tl.float32), gate, weight, eps, DV, SIGMOID, NORM_FIRST, 0)
             tl.store(y_ptr + token + at_o, y.to(DT), mask=of_v)
         # Also after the last chunk: a branch here would move S out of its registers and back.
         to_end = tl.exp2((high_end - high) + (low_end - low))

@@ -131,7 +131,8 @@ def forward_op(
     weight: Tensor | None,
     scale: float,
     eps: float,
-    readout: int,
+    sigmoid: bool,
+    norm_first: bool,
     delta: bool,
     norm: bool,
     want_end: bool,
@@ -144,7 +145,7 @@ def forward_op(
     q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
     log_decay, beta, erase, state, cu_seqlens = _plain(log_decay, beta, erase, state, cu_seqlens)
     gate = None if gate is None else _heads_together(gate)
-    out = _outputs(k, v, cu_seqlens, readout, want_end, want_rho, keep, delta)
+    out = _outputs(k, v, cu_seqlens, gate is not None, want_end, want_rho, keep, delta)
     o, end, rho, kept, solve, y = out
     launch = config.forward
     width, tiles = _tiles(launch, values)
@@ -157,7 +158,7 @@ def forward_op(
             DK=key_dim, DV=value_dim, BK=keys, BV=width, TILES=tiles, C=launch.chunk, SAVE=config.gradient.chunk,
             KEEP=keep, DELTA=delta, TIED=erase is None, NORM=norm, PACKED=cu_seqlens is not None,
             HAS_STATE=state is not None, WANT_STATE=want_end, WANT_RHO=want_rho or (keep and delta),
-            WANT_O=not readout or keep, READOUT=readout,
+            WANT_O=gate is None or keep, READOUT=gate is not None, SIGMOID=sigmoid, NORM_FIRST=norm_first,
             OP=tl.float32 if v.dtype == torch.float32 else tl.float16, PREC="ieee", **_options(launch),
         )  # fmt: skip
     elif end.numel():
@@ -166,7 +167,7 @@ def forward_op(
 
 
 def _outputs(
-    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, readout: int, end: bool, rho: bool, keep: bool, delta: bool
+    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, readout: bool, end: bool, rho: bool, keep: bool, delta: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (tokens, heads, value_dim), key_dim, rows = v.shape[1:], k.shape[3], _rows(k, cu_seqlens)
     config, packed = pinned(key_dim, value_dim, v.dtype)[2], cu_seqlens is not None
@@ -183,16 +184,16 @@ def _outputs(
         empty(*v.shape, wanted=rho or (keep and delta)),
         empty(places, heads, value_dim, key_dim),
         empty(solves, heads, chunk, chunk),
-        empty(*v.shape, wanted=readout > 0),
+        empty(*v.shape, wanted=readout),
     )
 
 
 @forward_op.register_fake
 def _(
-    q, k, v, log_decay, beta, erase, state, cu_seqlens, gate, weight, scale, eps, readout, delta, norm, want_end,
-    want_rho, keep,
+    q, k, v, log_decay, beta, erase, state, cu_seqlens, gate, weight, scale, eps, sigmoid, norm_first, delta, norm,
+    want_end, want_rho, keep,
 ):  # fmt: skip
-    return _outputs(k, v, cu_seqlens, readout, want_end, want_rho, keep, delta)
+    return _outputs(k, v, cu_seqlens, gate is not None, want_end, want_rho, keep, delta)
 
 
 @torch.library.custom_op("tsgdn::gated_delta_rule_backward", mutates_args=())
@@ -226,7 +227,8 @@ def backward_op(
     out = _gradients(k, v, erase, rows, want_start)
     dq, dk, dv, dg, db, de, start = out
     if not (rows * heads and tokens):
-        start.zero_() if dend is None else start.copy_(dend if want_start else start)
+        if want_start:
+            start.zero_() if dend is None else start.copy_(dend)
         return out
     packed, every = cu_seqlens is not None, config.gradient.chunk
     places = _slots(rows, tokens, packed, every)
@@ -284,10 +286,9 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    (*tensors, scale, eps, readout, delta, norm, _, _, _) = inputs
+    (*tensors, ctx.scale, ctx.eps, ctx.sigmoid, ctx.norm_first, ctx.delta, ctx.norm, _, _, _) = inputs
     o, _, rho, kept, solve, _ = output
     ctx.save_for_backward(*tensors, kept, solve, rho, o)
-    ctx.scale, ctx.eps, ctx.readout, ctx.delta, ctx.norm = scale, eps, readout, delta, norm
     ctx.set_materialize_grads(False)
 
 
@@ -295,9 +296,7 @@ def _backward(ctx: Any, do: Any, dend: Any, drho: Any, _kept: Any, _solve: Any, 
     q, k, v, log_decay, beta, erase, state, cu_seqlens, gate, weight, kept, solve, rho, o = ctx.saved_tensors
     d_gate = d_weight = None
     if dy is not None:
-        through, d_gate, d_weight = readout_backward_op(
-            dy, o, gate, weight, ctx.eps, *_sigmoid_and_norm_first(ctx.readout)
-        )
+        through, d_gate, d_weight = readout_backward_op(dy, o, gate, weight, ctx.eps, ctx.sigmoid, ctx.norm_first)
         do = through if do is None else do + through
     if do is None:
         do = torch.zeros_like(v)
@@ -309,19 +308,10 @@ def _backward(ctx: Any, do: Any, dend: Any, drho: Any, _kept: Any, _solve: Any, 
     if dq.shape != q.shape:  # value heads that share a key
         dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq, dk))
     gates = (dg, db, None if erase is None else de)
-    return dq, dk, dv, *gates, start if want_start else None, None, d_gate, d_weight, *[None] * 8
+    return dq, dk, dv, *gates, start if want_start else None, None, d_gate, d_weight, *[None] * 9
 
 
 torch.library.register_autograd("tsgdn::gated_delta_rule", _backward, setup_context=_keep_for_backward)
-
-
-def _readout_code(sigmoid: bool, norm_first: bool) -> int:
-    """The kernel's READOUT; 0 is none."""
-    return 1 + 2 * sigmoid + (not norm_first)
-
-
-def _sigmoid_and_norm_first(code: int) -> tuple[bool, bool]:
-    return code > 2, code % 2 == 1
 
 
 @torch.library.custom_op("tsgdn::channelwise", mutates_args=())
@@ -467,7 +457,7 @@ def run(
             one = torch.ones_like(log_decay)
             o, end, rho, *_ = forward_op(
                 q, k, wide, log_decay, one, erase, state, cu_seqlens, None, None,
-                scale, 0.0, 0, delta, norm, want_end, want_rho, keep,
+                scale, 0.0, False, True, delta, norm, want_end, want_rho, keep,
             )  # fmt: skip
         else:
             o, end, rho, _ = channelwise_op(
@@ -480,14 +470,13 @@ def run(
             q, k, v, *gates, state, length, scale, delta, norm, want_end, want_rho, keep
         )  # fmt: skip
     else:
-        fits = readout is not None and _tiles(pinned(k.shape[3], v.shape[3], v.dtype)[2].forward, v.shape[3])[1] <= 1
-        gate, weight, eps, code = None, None, 0.0, 0
-        if readout is not None and fits:
-            gate, weight, eps, code = *readout[:3], _readout_code(*readout[3:])
+        _, values, config = pinned(k.shape[3], v.shape[3], v.dtype)
+        fused = readout is not None and _tiles(config.forward, values)[1] == 1
+        gate, weight, eps, *how = readout if readout is not None and fused else (None, None, 0.0, False, True)
         o, end, rho, _, _, y = forward_op(
-            q, k, v, *gates, state, cu_seqlens, gate, weight, scale, eps, code, delta, norm, want_end, want_rho, keep
+            q, k, v, *gates, state, cu_seqlens, gate, weight, scale, eps, *how, delta, norm, want_end, want_rho, keep
         )
-        if code:
+        if fused:
             return y, end, rho
     if readout is not None:
         o = fused_readout(o, *readout)

@@ -310,7 +310,7 @@ def segmented_op(
     starts, _ = _scan(moves, ends, state, v.dtype, rows, delta=delta, transposed=False, want_last=False)
     o, end, rho, kept, solve, _ = forward_op(
         *_packed(q, k, v, log_decay, beta, erase), starts, _starts(rows, tokens, length, v.device), None, None,
-        scale, 0.0, 0, delta, norm, want_end, want_rho, keep,
+        scale, 0.0, False, True, delta, norm, want_end, want_rho, keep,
     )  # fmt: skip
     if want_end:
         end = end.unflatten(0, (rows, pieces))[:, -1].clone()  # .contiguous() may keep the others in memory
@@ -325,7 +325,7 @@ def _(q, k, v, log_decay, beta, erase, state, length, scale, delta, norm, want_e
     places = rows * -(-tokens // length)
     many_k, many_v = (x.new_empty((1, rows * tokens, *x.shape[2:])) for x in (k, v))
     o, _, rho, kept, solve, _ = _outputs(
-        many_k, many_v, k.new_empty(places + 1), 0, want_end, want_rho, keep, delta
+        many_k, many_v, k.new_empty(places + 1), False, want_end, want_rho, keep, delta
     )  # fmt: skip
     wide = torch.empty((places, heads, key_dim, value_dim) if keep else (0,), dtype=torch.float32, device=v.device)
     move = (places, heads, key_dim, key_dim) if delta else (places, heads)
