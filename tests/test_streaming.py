@@ -2,24 +2,27 @@
 
 import pytest
 import torch
+from sizes import small_model_args
 from torch.testing import assert_close
 
 from tsgdn.checks import CUTS, assert_states_close
-from tsgdn.mixers import MIXERS
+from tsgdn.mixers import MIXERS, build
+from tsgdn.model.backbone import BACKBONES, cycle
 from tsgdn.model.forecaster import Forecaster
-from tsgdn.streamable import fork, map_state, reset, state_bytes, state_leaves, take_rows
+from tsgdn.streamable import fork, join_rows, map_state, reset, same_sizes, state_bytes, state_leaves, take_rows
 from tsgdn.types import Batch
 
 P, K, SEASONS = 4, 2, (1, 6, 10)
-SMALL = {"gru": {"hidden": 8}}
+SYSTEMS = sorted([*MIXERS, *BACKBONES])
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 SINGLE = {"atol": 5e-6, "rtol": 1e-5}
 
 
 def make(mixer: str = "gated_deltanet", dtype: torch.dtype = torch.float64, **settings) -> Forecaster:
     torch.manual_seed(0)
-    args = SMALL.get(mixer, {"heads": 2, "key_dim": 4, "value_dim": 4})
-    settings = {"known_features": 2, "static_cardinalities": (3,), "depth": 2, **settings}
+    depth = max(2, len(cycle(mixer)))
+    settings = {"known_features": 2, "static_cardinalities": (3,), "depth": depth, **settings}
+    args = small_model_args(mixer)
     model = Forecaster(P, K, SEASONS, width=16, mixer=mixer, mixer_args=args, **settings).to(dtype).eval()
     # the head starts near persistence; make every path matter
     with torch.no_grad():
@@ -76,7 +79,7 @@ def assert_same_stream(model: Forecaster, batch: Batch, pattern, tolerance) -> N
     assert_states_close(nan_to, end, **tolerance)
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize("mixer", SYSTEMS)
 @pytest.mark.parametrize("pattern", [*CUTS, (P,), (2 * P + 1,)], ids=str)
 def test_cutting_the_stream_changes_nothing(mixer: str, pattern) -> None:
     assert_same_stream(make(mixer), make_batch(11 * P + 3), pattern, EXACT)
@@ -87,7 +90,7 @@ def test_cutting_the_stream_changes_nothing_in_single_precision(mixer: str) -> N
     assert_same_stream(make(mixer, torch.float32), make_batch(30 * P + 1), (1, 5), SINGLE)
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize("mixer", SYSTEMS)
 @pytest.mark.parametrize("silence", [6, 40], ids=["within gap_tokens", "skipped"])
 def test_cutting_a_silent_stretch_changes_nothing(mixer: str, silence: int) -> None:
     model = make(mixer, gap_tokens=3)
@@ -174,7 +177,7 @@ def test_padding_touches_no_state() -> None:
         assert torch.equal(a.nan_to_num(), b.nan_to_num()), name
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize("mixer", SYSTEMS)
 @pytest.mark.parametrize("steps", [1, P, 5 * P + 1, 23 * P + 3])
 def test_silence_equals_streaming_it(mixer: str, steps: int) -> None:
     model, batch = make(mixer, gap_tokens=2), make_batch(40 * P)
@@ -185,7 +188,7 @@ def test_silence_equals_streaming_it(mixer: str, steps: int) -> None:
     assert batch.known is not None
     known = batch.known
     got = model.elapse(state, steps, known=lambda a, b: known[..., head + a : head + b])
-    for (name, a), (_, b) in zip(state_leaves(got), state_leaves(want), strict=True):
+    for (name, a), (_, b) in zip(*map(state_leaves, same_sizes(got, want)), strict=True):
         assert_close(a, b, equal_nan=True, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
     after = cut(batch, head + steps, head + steps + 2 * P)
     assert_close(model(after, got)[0].values, model(after, want)[0].values, **EXACT)
@@ -206,3 +209,45 @@ def test_the_bytes_of_a_state_do_not_grow() -> None:
     _, short = model(make_batch(3))
     _, long = model(make_batch(50 * P))
     assert state_bytes(short) == state_bytes(long) == state_bytes(model.initial_state(1, 2))
+
+
+@pytest.mark.parametrize("mixer", sorted(BACKBONES))
+def test_a_hybrid_takes_its_mixers_in_turn(mixer: str) -> None:
+    names = cycle(mixer)
+    model = make(mixer, depth=2 * len(names) - 1)
+    kinds = [type(block.mixer) for block in model.backbone.blocks]
+    assert kinds == [type(build(name, 16, small_model_args(name))) for name in (names + names)[:-1]]
+    assert model.backbone.bounded == (mixer != "hybrid_3to1")
+
+
+def test_a_list_of_mixers_is_a_hybrid_too() -> None:
+    args = {name: small_model_args(name) for name in ("gru", "deltanet")}
+    model = Forecaster(P, K, SEASONS, width=16, depth=3, mixer=["gru", "deltanet"], mixer_args=args)
+    assert [type(block.mixer).__name__ for block in model.backbone.blocks] == ["GRU", "GatedDeltaNet", "GRU"]
+    assert model.config["mixer"] == ["gru", "deltanet"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"mixer": "hybrid_3:1"}, "no mixer or hybrid 'hybrid_3:1', did you mean 'hybrid_3to1'"),
+        ({"mixer": ["gru", "mamba"]}, "no mixer 'mamba', did you mean 'mamba"),
+        ({"mixer": []}, "empty list"),
+        ({"mixer": "h2", "depth": 2}, "takes at least 3 blocks"),
+        ({"mixer": "h1", "mixer_args": {"heads": 2}}, "mixer_args has 'heads'; of a hybrid it takes arguments under"),
+    ],
+)
+def test_a_wrong_hybrid_is_refused_in_one_line(settings, text: str) -> None:
+    with pytest.raises(ValueError, match=text) as error:
+        Forecaster(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_states_that_grew_by_different_lengths_are_joined() -> None:
+    model, batch = make("hybrid_3to1"), make_batch(9 * P)
+    ends = [model(cut(batch, 0, steps))[1] for steps in (3 * P, 9 * P)]
+    both = join_rows(ends)
+    rest = cut(batch, 4, 4 + 2 * P)
+    twice = Batch(*(None if x is None else torch.cat([x, x]) for x in rest[:4]))
+    want = torch.cat([model(rest, end)[0].values for end in ends])
+    assert_close(model(twice, both)[0].values, want, **EXACT)

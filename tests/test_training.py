@@ -16,10 +16,11 @@ from tsgdn.adapters.predictor import ModelPredictor
 from tsgdn.data.module import ForecastDataModule, resolve
 from tsgdn.data.series import Series
 from tsgdn.data.windows import Segments
+from tsgdn.mixers import MIXERS
 from tsgdn.model.forecaster import Forecaster
 from tsgdn.streamable import state_leaves
 from tsgdn.training.augment import close_patches, mask_patches
-from tsgdn.training.module import AveragedWeights, ForecastModule
+from tsgdn.training.module import AveragedWeights, ForecastModule, budget_losses
 from tsgdn.types import Batch
 
 P = 4
@@ -45,11 +46,12 @@ def make_data(**options: Any) -> ForecastDataModule:
     return ForecastDataModule(**(settings | options))
 
 
-def make_module(dropout: float = 0.2, mixer: str = "gated_deltanet", **options: Any) -> ForecastModule:
+def make_module(
+    dropout: float = 0.2, mixer: str = "gated_deltanet", mixer_args: dict[str, Any] | None = None, **options: Any
+) -> ForecastModule:
     seed_everything(0, verbose=False)
-    model = Forecaster(
-        patch_size=P, patches_ahead=2, seasons=(1, 12), width=16, depth=2, mixer=mixer, dropout=dropout, variate_every=0
-    )
+    sizes = {"patch_size": P, "patches_ahead": 2, "seasons": (1, 12), "width": 16, "depth": 2, "variate_every": 0}
+    model = Forecaster(mixer=mixer, mixer_args=mixer_args, dropout=dropout, **sizes)
     return ForecastModule(model, **({"loss_tokens": 3, "mask_windows": 0.2} | options))
 
 
@@ -203,8 +205,27 @@ def test_mixed_precision_trains_and_keeps_the_states_wide(tmp_path: Path) -> Non
         assert leaf.dtype in (torch.float32, torch.float64, torch.int64, torch.bool), name
 
 
+def test_a_learned_router_is_held_to_its_budget_by_the_training() -> None:
+    module = make_module(mixer="ham", mixer_args={"slots": 4, "router": "learned", "share": 0.3}, dropout=0.0)
+    data = make_data()
+    data.setup()
+    batch = data.train_dataloader().source[0]
+    with budget_losses(module.model) as owed:
+        module.loss(batch)
+    mixers = [block.mixer for block in module.model.backbone.blocks]
+    assert len(owed) == len(mixers)
+    assert all(loss > 0 for loss in owed)
+    sum(owed).backward()
+    assert all(mixer.router.weight.grad.abs().max() > 0 for mixer in mixers)
+    with budget_losses(make_module(mixer="ham").model) as owed:
+        pass
+    assert owed == []
+    module.loss(batch)
+    assert len(owed) == 0, "outside the context nothing listens"
+
+
 def test_gates_norms_biases_and_embeddings_are_not_decayed() -> None:
-    for mixer in ("gated_deltanet", "mamba2", "gru"):
+    for mixer in MIXERS:
         module = make_module(mixer=mixer)
         decayed, others = module.parameter_groups()
         names = {id(p): n for n, p in module.named_parameters()}
@@ -212,7 +233,7 @@ def test_gates_norms_biases_and_embeddings_are_not_decayed() -> None:
         assert others["weight_decay"] == 0.0
         kept = [names[id(p)] for p in decayed["params"]]
         assert kept
-        assert not [n for n in kept if n.endswith(("A_log", "dt_bias", ".D", "bias")) or "norm" in n]
+        assert not [n for n in kept if n.endswith(("_log", "bias", ".D")) or "norm" in n], mixer
 
 
 def test_closing_hides_the_ends_of_patches_and_leaves_half_of_the_windows_alone() -> None:

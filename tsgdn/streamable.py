@@ -7,7 +7,7 @@ tensors and of such tuples, never changed in place by `part`; zeros mean "nothin
 same. Every leaf has the rows (or series) as its first dimension.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -62,6 +62,33 @@ def reset(state: S, rows: Tensor) -> S:
 def take_rows(state: S, rows: Tensor) -> S:
     """The state of some rows, in the given order."""
     return map_state(lambda leaf: leaf.index_select(0, rows), state)
+
+
+def join_rows(states: Sequence[S]) -> S:
+    """The states of several groups of rows as one; the shorter of leaves that grow are padded by zeros."""
+
+    def join(*leaves: Tensor) -> Tensor:
+        shape = [max(sizes) for sizes in zip(*(leaf.shape[1:] for leaf in leaves), strict=True)]
+        return torch.cat([_padded(leaf, shape) for leaf in leaves])
+
+    return map_state(join, *states)
+
+
+def same_sizes(state: S, other: S) -> tuple[S, S]:
+    """Both states, leaves that grow with the stream padded by zeros ("nothing seen") to the longer of the two."""
+
+    def pad(a: Tensor, b: Tensor) -> Tensor:
+        return _padded(a, [max(sizes) for sizes in zip(a.shape[1:], b.shape[1:], strict=True)])
+
+    return map_state(pad, state, other), map_state(pad, other, state)
+
+
+def _padded(leaf: Tensor, shape: Sequence[int]) -> Tensor:
+    if list(leaf.shape[1:]) == list(shape):
+        return leaf
+    out = leaf.new_zeros(leaf.shape[0], *shape)
+    out[(slice(None), *(slice(0, size) for size in leaf.shape[1:]))] = leaf
+    return out
 
 
 def state_bytes(state: Any) -> int:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import pandas as pd
@@ -196,7 +196,7 @@ class GDNEstimator(PyTorchLightningEstimator):
         *,
         prediction_length: int,
         freq: str,
-        mixer: str = "gated_deltanet",
+        mixer: Union[str, list[str]] = "gated_deltanet",  # noqa: UP007  GluonTS validates with pydantic 1 rules
         mixer_args: Optional[dict[str, Any]] = None,  # noqa: UP045  GluonTS validates with pydantic 1 rules
         width: int = 64,
         depth: int = 3,
@@ -216,7 +216,7 @@ class GDNEstimator(PyTorchLightningEstimator):
         Args:
             prediction_length: horizon.
             freq: of the series, a pandas alias.
-            mixer: a key of `tsgdn.mixers.MIXERS`.
+            mixer: a mixer, a hybrid, or a list of mixers; see `Forecaster`.
             mixer_args: its arguments.
             width: of a token.
             depth: number of blocks.

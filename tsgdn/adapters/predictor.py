@@ -14,7 +14,7 @@ from tsgdn.data.series import Series
 from tsgdn.data.windows import Cut, Cutter
 from tsgdn.model import artefact
 from tsgdn.model.forecaster import Forecaster, ForecasterState
-from tsgdn.streamable import map_state, take_rows
+from tsgdn.streamable import join_rows, take_rows
 
 
 def picked_levels(
@@ -145,7 +145,7 @@ class ModelPredictor:
     def _roll_out(
         self, cutter: Cutter, held: list[tuple[int, ForecasterState]], horizon: int
     ) -> Float[np.ndarray, "n V horizon Q"]:
-        state = map_state(lambda *leaves: torch.cat(leaves), *(state for _, state in held))
+        state = join_rows([state for _, state in held])
         known = self._ahead(cutter, [(0, step) for step, _ in held], horizon)
         return self.model.forecast(state, horizon, known=known).cpu().numpy()
 
@@ -207,7 +207,7 @@ class ModelPredictor:
                 steps, index = due[b].pop(0)
                 waiting.append((index, b, steps))
             if not any(due) or len(waiting) * V >= 256:
-                state_of_all = map_state(lambda *leaves: torch.cat(leaves), *states)
+                state_of_all = join_rows(states)
                 known = self._ahead(cutter, [(b, steps) for _, b, steps in waiting], horizon)
                 values = self.model.forecast(state_of_all, horizon, known=known).cpu().numpy()
                 yield from zip((index for index, _, _ in waiting), values, strict=True)

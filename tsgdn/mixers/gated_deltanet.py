@@ -9,7 +9,7 @@ Source: Gated Delta Networks, arXiv 2412.06464; gaps, skipped writes and the hor
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, Real, Shaped
@@ -18,8 +18,38 @@ from torch import Tensor
 from tsgdn.kernels import Readout, gated_delta_rule, prologue
 from tsgdn.mixers.layers import RMSNorm, draws, linear, undecayed, uniform
 from tsgdn.mixers.memory import MemoryMixer, MemoryState, draw_decay
+from tsgdn.mixers.registry import register
 
 
+class Pass(NamedTuple):
+    """What the layer computes for N tokens before its output projection; queries and keys are not normalised yet.
+
+    Attributes:
+        query: after convolution and activation.
+        key: likewise.
+        value: likewise.
+        beta: write strength, 0 where nothing is written.
+        gate: of what is read, before its activation.
+        read: from the memory; normalised and gated, or bare if so asked.
+        residual: what the memory could not predict, times beta; None where nobody asked.
+        memory: after the last token.
+        conv: the tail of the convolution after the last token.
+    """
+
+    query: Float[Tensor, "R N H Dk"]
+    key: Float[Tensor, "R N H Dk"]
+    value: Float[Tensor, "R N Hv Dv"]
+    beta: Float[Tensor, "R N Hv"]
+    gate: Float[Tensor, "R N Hv Dv"]
+    read: Float[Tensor, "R N Hv Dv"]
+    residual: Float[Tensor, "R N Hv Dv"] | None
+    memory: Float[Tensor, "R Hv Dk Dv"]
+    conv: Float[Tensor, "R W_minus_1 C"]
+
+
+@register("deltanet", decay="none")
+@register("gated_linear", delta=False)
+@register("gated_deltanet")
 class GatedDeltaNet(MemoryMixer):
     """Mixes tokens along time through a memory that forgets by gates and corrects itself by the delta rule.
 
@@ -80,6 +110,10 @@ class GatedDeltaNet(MemoryMixer):
         self.gates = linear(width, value_heads * (1 if decay == "none" else 2), generator, width=width)
         if decay != "none":
             self.A_log, self.dt_bias, self.rate_log = undecayed(a_log), undecayed(dt_bias), undecayed(rate_log)
+        self._extend(width, generator)
+
+    def _extend(self, width: int, generator: torch.Generator) -> None:
+        """Further parameters of a subclass, drawn after those of the layer: copies of the layer start the same."""
 
     def forward(
         self,
@@ -101,7 +135,24 @@ class GatedDeltaNet(MemoryMixer):
             lengths: tokens of each row; those beyond are padding, touch no state, and their outputs mean nothing.
         """
         memory, tail = (None, None) if state is None else state
+        done = self._pass(x, memory, tail, write=write, gap=gap, lengths=lengths)
+        return self.output(done.read.flatten(-2)), MemoryState(done.memory, done.conv)
+
+    def _pass(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        tail: Tensor | None,
+        *,
+        write: Tensor | None,
+        gap: Tensor | None,
+        lengths: Tensor | None,
+        residual: bool = False,
+        gated: bool = True,
+    ) -> Pass:
+        """All but the output projection; `residual` asks for what was not predicted, `gated=False` for bare reads."""
         inputs, gate = self.project(x).split([self.channels, self.value_heads * self.value_dim], dim=-1)
+        gate = gate.unflatten(-1, (self.value_heads, self.value_dim))
         with torch.autocast(x.device.type, enabled=False):  # gates, norms and the memory stay in float32
             mixed, beta, log_decay, tail = prologue(
                 inputs,
@@ -115,25 +166,25 @@ class GatedDeltaNet(MemoryMixer):
                 lengths=lengths,
             )
             q, k, v = mixed.split([self.heads * self.key_dim] * 2 + [self.value_heads * self.value_dim], dim=-1)
-            read, memory = gated_delta_rule(
-                q.unflatten(-1, (self.heads, self.key_dim)),
-                k.unflatten(-1, (self.heads, self.key_dim)),
-                v.unflatten(-1, (self.value_heads, self.value_dim)),
+            q, k = (z.unflatten(-1, (self.heads, self.key_dim)) for z in (q, k))
+            v = v.unflatten(-1, (self.value_heads, self.value_dim))
+            read, end, *rho = gated_delta_rule(
+                q,
+                k,
+                v,
                 log_decay=log_decay,
                 beta=beta,
                 delta=self.delta,
                 state=memory,
                 norm=True,
                 scale=self.key_dim**-0.5,
-                readout=Readout(
-                    gate.unflatten(-1, (self.value_heads, self.value_dim)),
-                    self.norm.weight,
-                    self.norm.eps,
-                    self.activation,
-                    self.norm_before_gate,
-                ),
+                readout=self._readout(gate) if gated else None,
+                residual=residual,
             )
-        return self.output(read.flatten(-2)), MemoryState(memory, tail)
+        return Pass(q, k, v, beta, gate, read, rho[0] if rho else None, end, tail)
+
+    def _readout(self, gate: Tensor) -> Readout:
+        return Readout(gate, self.norm.weight, self.norm.eps, self.activation, self.norm_before_gate)
 
     def _forgetting(self, gap: Tensor | None) -> dict[str, Any]:
         if self.decay == "none":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tsgdn.kernels import within
 from tsgdn.mixers.layers import draws, linear, scale_output, undecayed, uniform
 from tsgdn.mixers.memory import draw_decay
+from tsgdn.mixers.registry import register
 
 
 class GRUState(NamedTuple):
@@ -22,6 +23,7 @@ class GRUState(NamedTuple):
     hidden: Float[Tensor, "R H"]
 
 
+@register("gru")
 class GRU(nn.Module):
     """Mixes tokens along time through one hidden vector.
 
@@ -67,7 +69,7 @@ class GRU(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return GRUState(torch.zeros(rows, self.hidden, dtype=dtype, device=device or weight.device))
 
-    def state_bytes(self) -> int:
+    def state_bytes(self, tokens: int = 0) -> int:
         """Bytes of a row's state in float32."""
         return 4 * self.hidden
 

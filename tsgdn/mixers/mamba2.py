@@ -17,8 +17,11 @@ from torch import Tensor
 from tsgdn.kernels import causal_conv, silence, ssd, within
 from tsgdn.mixers.layers import RMSNorm, draws, linear, undecayed, uniform
 from tsgdn.mixers.memory import MemoryMixer, MemoryState, draw_decay
+from tsgdn.mixers.registry import register
 
 
+@register("mamba2_heads", groups=None)
+@register("mamba2", groups=1)
 class Mamba2(MemoryMixer):
     """Mixes tokens along time through decaying sums of key-value products.
 

@@ -41,8 +41,8 @@ class MemoryMixer(nn.Module):
         scale_output(self.output, depth)
 
     @property
-    def rate(self) -> Float[Tensor, " H"]:
-        """Log decay per patch of silence, at most 0; starts at the head's initial log decay per token."""
+    def rate(self) -> Float[Tensor, " H"] | Float[Tensor, "H Dk"]:
+        """Log decay per patch of silence, at most 0; starts at the initial log decay per token of the same shape."""
         return -self.rate_log.exp()
 
     def initial_state(self, rows: int, device: torch.device | str | None = None) -> MemoryState:
@@ -54,8 +54,8 @@ class MemoryMixer(nn.Module):
             torch.zeros(rows, weight.shape[1] - 1, self.channels, **options),
         )
 
-    def state_bytes(self) -> int:
-        """Bytes of a row's state in float32."""
+    def state_bytes(self, tokens: int = 0) -> int:
+        """Bytes of a row's state in float32, the same after any number of tokens."""
         memory = self.value_heads * self.key_dim * self.value_dim
         return 4 * (memory + (self.conv_weight.shape[1] - 1) * self.channels)
 
@@ -85,20 +85,67 @@ def draw_decay(
         lowest: of A in the paper's initialisation.
         dt_writes: dt is also the strength of the write (Mamba-2).
     """
-    if init not in DECAY_INITS:
-        raise ValueError(f"decay_init is {init!r}; expected one of {', '.join(DECAY_INITS)}")
-    if len(horizon) != 2 or not 0 < horizon[0] <= horizon[1]:
-        raise ValueError(f"horizon is {tuple(horizon)}; expected (shortest, longest) in tokens, both above 0")
-    of_a, of_dt, of_tau = torch.rand(3, heads, generator=generator, dtype=torch.float64, device="cpu")
+    of_a, of_dt, of_tau = _uniforms(heads, generator, init, horizon)
     low = lowest if init == "paper" else 1.0
-    a = (low + (16 - low) * of_a).clamp_min(1e-4)
-    dt = torch.exp(math.log(1e-3) + math.log(1e2) * of_dt)
+    a, dt = (low + (16 - low) * of_a).clamp_min(1e-4), _between((1e-3, 1e-1), of_dt)
     if init.startswith("horizon"):
-        tau = torch.exp(math.log(horizon[0]) + math.log(horizon[1] / horizon[0]) * of_tau)
+        tau = _between(horizon, of_tau)
         if init == "horizon_a" or dt_writes:
             a = 1 / (tau * dt)
         else:
             dt = 1 / (tau * a)
+    return _parameters(a, dt)
+
+
+def draw_channel_decay(
+    heads: int,
+    key_dim: int,
+    generator: torch.Generator,
+    init: str,
+    horizon: Sequence[int | float],
+) -> tuple[Float[Tensor, " H"], Float[Tensor, "H Dk"], Float[Tensor, "H Dk"]]:
+    """Initial A_log per head, dt_bias and log of the rate of silence per key channel.
+
+    From the same uniform draws as `draw_decay`, and no others: channel c of a head has its u moved on by c / key_dim,
+    round the end of the range to its beginning. So every channel's dt or horizon is log-uniform, those of one head lie
+    evenly over the whole range whatever was drawn, and channel 0 decays as the same head of the other mixers.
+
+    Args:
+        heads: each with its own A.
+        key_dim: channels per head.
+        generator: see `layers.draws`.
+        init: "paper" and "shared" A ~ U(1, 16), dt log-uniform in [1e-3, 1e-1]; "horizon" tau log-uniform in `horizon`
+            tokens, the same A and dt = 1 / (A tau); "horizon_a" that tau with the A that `draw_decay` gives the head.
+        horizon: shortest and longest tau.
+
+    Raises:
+        ValueError: another `init`, or a horizon that is no range.
+    """
+    of_a, of_dt, of_tau = _uniforms(heads, generator, init, horizon)
+    moved = torch.arange(key_dim, dtype=torch.float64, device="cpu") / key_dim
+    a, dt = 1 + 15 * of_a, _between((1e-3, 1e-1), (of_dt[:, None] + moved) % 1)
+    if init.startswith("horizon"):
+        tau = _between(horizon, (of_tau[:, None] + moved) % 1)
+        if init == "horizon_a":
+            a = 1 / (tau[:, 0] * dt[:, 0])
+        dt = 1 / (tau * a[:, None])
+    return _parameters(a, dt)
+
+
+def _uniforms(heads: int, generator: torch.Generator, init: str, horizon: Sequence[int | float]) -> Tensor:
+    if init not in DECAY_INITS:
+        raise ValueError(f"decay_init is {init!r}; expected one of {', '.join(DECAY_INITS)}")
+    if len(horizon) != 2 or not 0 < horizon[0] <= horizon[1]:
+        raise ValueError(f"horizon is {tuple(horizon)}; expected (shortest, longest) in tokens, both above 0")
+    return torch.rand(3, heads, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _between(ends: Sequence[int | float], uniform: Tensor) -> Tensor:
+    return torch.exp(math.log(ends[0]) + math.log(ends[1] / ends[0]) * uniform)
+
+
+def _parameters(a: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wanted = torch.get_default_dtype()
     dt_bias = dt + torch.log(-torch.expm1(-dt))  # softplus of it is dt
-    return a.log().to(wanted), dt_bias.to(wanted), (a * dt).log().to(wanted)
+    rate_log = (a if dt.dim() == a.dim() else a[:, None]) * dt
+    return a.log().to(wanted), dt_bias.to(wanted), rate_log.log().to(wanted)

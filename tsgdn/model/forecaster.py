@@ -76,8 +76,9 @@ class Forecaster(nn.Module):
         static_cardinalities: sizes of the static categories.
         width: D, of a token.
         depth: number of blocks.
-        mixer: a key of `tsgdn.mixers.MIXERS`.
-        mixer_args: its arguments.
+        mixer: a key of `tsgdn.mixers.MIXERS`, a hybrid of `tsgdn.model.backbone.BACKBONES`, or a list of mixers that
+            the blocks take in turn.
+        mixer_args: its arguments; of a hybrid or a list under the names of its mixers.
         mlp_ratio: hidden width of the MLPs, in widths.
         variate_every: every so many blocks the variates of a series are mixed; 0 = never.
         gap_tokens: empty patches in a row that still make tokens.
@@ -98,7 +99,7 @@ class Forecaster(nn.Module):
         static_cardinalities: Sequence[int] = (),
         width: int = 64,
         depth: int = 3,
-        mixer: str = "gated_deltanet",
+        mixer: str | list[str] = "gated_deltanet",
         mixer_args: dict[str, Any] | None = None,
         mlp_ratio: float = 2.0,
         variate_every: int = 2,
@@ -126,7 +127,7 @@ class Forecaster(nn.Module):
             "static_cardinalities": list(static_cardinalities),
             "width": width,
             "depth": depth,
-            "mixer": mixer,
+            "mixer": mixer if isinstance(mixer, str) else list(mixer),
             "mixer_args": dict(mixer_args or {}),
             "mlp_ratio": mlp_ratio,
             "variate_every": variate_every,

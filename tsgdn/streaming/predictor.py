@@ -61,7 +61,8 @@ class StatefulPredictor:
             should fit, and 16,384 elsewhere.
 
     Raises:
-        ValueError: the model takes fewer known features than the calendar has, or an argument is out of range.
+        ValueError: the model takes fewer known features than the calendar has, its state grows with the stream
+            (`gated_attention`), or an argument is out of range.
     """
 
     def __init__(
@@ -80,6 +81,11 @@ class StatefulPredictor:
         min_values: int | None = None,
         block: int | None = None,
     ) -> None:
+        if not model.backbone.bounded:
+            raise ValueError(
+                f"the state of mixer {model.config['mixer']} grows with the stream, which no pool can hold; "
+                "stream a model whose state is bounded, such as h1 in the place of hybrid_3to1"
+            )
         self.clock = Clock(freq)
         self.model = (model if device == "auto" else model.to(device)).eval()
         self.calendar, self.variates = calendar, tuple(variates)

@@ -5,6 +5,8 @@ one. A checkpoint holds tensors and plain Python values only; `checkpoint["tsgdn
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,8 +21,6 @@ from tsgdn.model.losses import gather_targets, hidden_cells, pinball_loss
 from tsgdn.streamable import detach, map_state, state_leaves
 from tsgdn.training.augment import close_patches, mask_patches
 from tsgdn.types import Batch
-
-UNDECAYED = ("A_log", "dt_bias", "D", "bias")  # last part of a parameter's name
 
 
 class AveragedWeights(EMAWeightAveraging):
@@ -44,6 +44,23 @@ def rising_average(mean: Tensor, current: Tensor, count: Tensor | int, *, decay:
     """The average after `count` earlier ones; a function of the module, since processes are sent it."""
     n = float(count)
     return mean.lerp(current, 1.0 - min(decay, (1.0 + n) / (10.0 + n)))
+
+
+@contextmanager
+def budget_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the mixers with a learned router owe to their budgets, for each call of theirs within the context."""
+    owed: list[Tensor] = []
+
+    def ask(mixer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        owed.append(mixer.budget_loss(args[0], lengths=named.get("lengths")))
+
+    routed = [part for part in model.modules() if hasattr(part, "budget_loss") and part.learned]
+    hooks = [part.register_forward_pre_hook(ask, with_kwargs=True) for part in routed]
+    try:
+        yield owed
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ForecastModule(LightningModule):
@@ -137,7 +154,9 @@ class ForecastModule(LightningModule):
         read = torch.arange(tokens)
         if self.loss_tokens is not None and self.loss_tokens < tokens:
             read = torch.randperm(tokens, generator=generator)[: self.loss_tokens].sort().values
-        loss, state = self.loss(batch, state, read.to(batch.values.device))
+        with budget_losses(self.model) as budgets:
+            loss, state = self.loss(batch, state, read.to(batch.values.device))
+        loss = loss + sum(budgets)
         if self.truncated_bptt:
             self._carried = detach(state)
         self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
@@ -180,8 +199,8 @@ class ForecastModule(LightningModule):
         """The decayed parameters, then the others."""
         embeddings = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         decayed, others = [], []
-        for name, parameter in self.named_parameters():
-            plain = parameter.ndim < 2 or name.split(".")[-1] in UNDECAYED or id(parameter) in embeddings
+        for parameter in self.parameters():
+            plain = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False) or id(parameter) in embeddings
             (others if plain else decayed).append(parameter)
         return [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
