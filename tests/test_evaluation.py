@@ -628,18 +628,19 @@ def test_what_neither_can_score_is_no_disagreement(capsys):
 
 
 def test_a_bench_runs_a_cell_again_with_other_options_only_and_survives_a_failure(tmp_path, monkeypatch):
+    from tsgdn.bench import fits as cells
     from tsgdn.bench import gluonts
 
     results, fits = tmp_path / "results.csv", []
     scores = backtest.Scores(*[0.5] * 8, n=3, cells=6, horizon=2, seasonality=1)
 
-    def fit(cell, root, options):
+    def fit(cell, root, sizes, options, score):
         fits.append((cell.seed, *options))
         if cell.seed == 1:
             raise ValueError("the forecast holds NaN")
         return scores, {"train_seconds": 1.0}
 
-    monkeypatch.setattr(gluonts, "_fit", fit)
+    monkeypatch.setattr(cells, "_fit", fit)
     monkeypatch.setattr(gluonts, "baselines", lambda *_: {})
     given = {"results": results, "root": tmp_path}
     assert gluonts.run(["simulated"], ["mamba2"], [0, 1], **given) == 1

@@ -1,4 +1,4 @@
-"""`tsgdn bench QUESTION`: gluonts (accuracy) and kernels (speed), resumable, rows in a results.csv."""
+"""`tsgdn bench QUESTION`: gluonts (accuracy), mixers (all side by side), kernels (speed); resumable, rows in a CSV."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ HEADLINE = "etth1,us_births,m4_hourly,exchange_rate_nips"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tsgdn bench`, by question."""
-    questions = parser.add_subparsers(dest="question", required=True, metavar="gluonts|kernels")
+    questions = parser.add_subparsers(dest="question", required=True, metavar="gluonts|mixers|kernels")
     gluonts = questions.add_parser("gluonts", help="accuracy of every mixer on published windows")
     gluonts.add_argument("--tasks", default=HEADLINE, help=f"evaluation cells with a preset (default {HEADLINE})")
     gluonts.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
@@ -23,6 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gluonts.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="folder of the fits")
     gluonts.add_argument("--workers", type=int, default=1, help="fits at a time, one thread each")
     gluonts.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="handed on to tsgdn fit")
+
+    mixers = questions.add_parser("mixers", help="cost and validation accuracy of all mixers and hybrids")
+    mixers.add_argument("--mixers", help="names, comma-separated (all)")
+    mixers.add_argument("--only", choices=["cost", "accuracy"], help="one of the two halves")
+    mixers.add_argument("--tasks", default="etth1,m4_hourly", help="evaluation cells with a preset")
+    mixers.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
+    mixers.add_argument("--depth", type=int, default=4, help="blocks; a hybrid needs one round of its mixers")
+    mixers.add_argument("--width", type=int, default=64, help="of the tokens")
+    mixers.add_argument("--state-bytes", type=int, help="per row and layer (those of the presets)")
+    mixers.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where cost is measured")
+    mixers.add_argument("--results", type=Path, default=Path("experiments/mixers/results.csv"), help="CSV to append to")
+    mixers.add_argument("--root", type=Path, default=Path("runs/mixers"), help="folder of the fits")
+    mixers.add_argument("--workers", type=int, default=1, help="fits at a time, one thread each")
+    mixers.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="handed on to tsgdn fit")
+    mixers.add_argument("--report", action="store_true", help="measure nothing: draw the pictures")
 
     kernels = questions.add_parser("kernels", help="time and memory of the kernels beside what else is installed")
     kernels.add_argument("--shapes", help="names, comma-separated, or what they begin with: S1,S8,D_64x64 (all)")
@@ -40,29 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what has no rows yet; exit 1 if a cell failed."""
-    return _kernels(args) if args.question == "kernels" else _gluonts(args)
+    return {"kernels": _kernels, "mixers": _mixers, "gluonts": _gluonts}[args.question](args)
 
 
 def _gluonts(args: argparse.Namespace) -> int:
     from tsgdn.bench import gluonts
-    from tsgdn.cli.train import presets
+    from tsgdn.bench.mixers import systems
     from tsgdn.data.catalog import DataNotFound
-    from tsgdn.data.catalog import tasks as evaluation_cells
 
-    tasks, mixers = args.tasks.split(","), args.mixers.split(",")
-    both = [name for name in presets() if name in evaluation_cells()]
-    for name in tasks:
-        if name not in both:
-            raise Misuse(f"--tasks {name}: expected evaluation cells that have a preset, of {', '.join(both)}")
-    for name in mixers:
-        if name not in gluonts.MATCHED:
-            raise Misuse(f"--mixers {name}: expected some of {', '.join(gluonts.MATCHED)}")
-    try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-    except ValueError:
-        raise Misuse(f"--seeds {args.seeds}: expected whole numbers, as in 0,1,2") from None
-    if args.workers < 1:
-        raise Misuse(f"--workers {args.workers}: expected at least 1")
+    tasks, mixers, seeds = _tasks(args.tasks), _chosen("--mixers", args.mixers, systems()), _seeds(args.seeds)
+    _workers(args.workers)
     options = [f"--{text.lstrip('-')}" for text in args.set]
     try:
         failed = gluonts.run(
@@ -71,6 +73,67 @@ def _gluonts(args: argparse.Namespace) -> int:
     except DataNotFound as error:
         raise Misuse(str(error)) from error
     return 1 if failed else 0
+
+
+def _mixers(args: argparse.Namespace) -> int:
+    import torch
+
+    from tsgdn.bench import mixers
+    from tsgdn.bench.fits import Sizes
+    from tsgdn.bench.matching import STATE_BYTES, matched
+    from tsgdn.data.catalog import DataNotFound
+
+    if args.report:
+        found = mixers.plot(args.results)
+        if not found:
+            raise Misuse(f"--results {args.results}: no scores to draw; measure them first")
+        for path in found:
+            print(f"picture: {path}", file=sys.stderr)
+        return 0
+    names, tasks, seeds = _chosen("--mixers", args.mixers, mixers.systems()), _tasks(args.tasks), _seeds(args.seeds)
+    _workers(args.workers)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Misuse("there is no CUDA device to measure on; leave --device out")
+    sizes = Sizes(args.width, args.depth, STATE_BYTES if args.state_bytes is None else args.state_bytes)
+    for name in names:
+        try:
+            matched(name, width=sizes.width, depth=sizes.depth, state_bytes=sizes.state_bytes)
+        except ValueError as error:
+            raise Misuse(f"{name} cannot have these sizes: {error}") from error
+    failed = 0
+    if args.only != "accuracy":
+        failed += mixers.cost(names, sizes=sizes, results=args.results, device=args.device)
+    if args.only != "cost":
+        options = [f"--{text.lstrip('-')}" for text in args.set]
+        given = {"results": args.results, "root": args.root, "workers": args.workers, "options": options}
+        try:
+            failed += mixers.accuracy(tasks, names, seeds, sizes=sizes, **given)
+        except DataNotFound as error:
+            raise Misuse(str(error)) from error
+    return 1 if failed else 0
+
+
+def _tasks(text: str) -> list[str]:
+    from tsgdn.cli.train import presets
+    from tsgdn.data.catalog import tasks as evaluation_cells
+
+    both = [name for name in presets() if name in evaluation_cells()]
+    for name in text.split(","):
+        if name not in both:
+            raise Misuse(f"--tasks {name}: expected evaluation cells that have a preset, of {', '.join(both)}")
+    return text.split(",")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise Misuse(f"--seeds {text}: expected whole numbers, as in 0,1,2") from None
+
+
+def _workers(number: int) -> None:
+    if number < 1:
+        raise Misuse(f"--workers {number}: expected at least 1")
 
 
 def _kernels(args: argparse.Namespace) -> int:
