@@ -217,6 +217,7 @@ def test_compiled_and_captured_pieces_give_the_same() -> None:
         jaxtyping.config.update("jaxtyping_disable", False)
     for x, y in zip(want, compiled, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-2, atol=1e-2)
+    leaves = [a[n].clone().requires_grad_() for n in names]  # a capture may not touch nodes of another stream
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         gradients(run)
