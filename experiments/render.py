@@ -1,4 +1,4 @@
-"""Renders results.csv files into the tables of the READMEs.
+"""Renders results.csv files into the tables of the READMEs and of docs/.
 
     python experiments/render.py            rewrites every table
     python experiments/render.py --check    writes nothing; exit 1 where a README differs from its rows
@@ -143,8 +143,9 @@ def rendered(text: str, folder: Path) -> str:
 
 
 def readmes(root: Path) -> list[Path]:
-    """The READMEs that may hold tables."""
-    return sorted([*root.glob("README.md"), *root.glob("experiments/README.md"), *root.glob("experiments/*/README.md")])
+    """The READMEs and pages that may hold tables."""
+    places = ("README.md", "docs/*.md", "experiments/README.md", "experiments/*/README.md")
+    return sorted(path for place in places for path in root.glob(place))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -117,7 +117,7 @@ def cost(
             print(f"[{number}/{len(names)}] {name}: {error}", file=sys.stderr, flush=True)
             continue
         given = {"seed": seed, "config": sizes.describe(), "device": device, "origin": origin}
-        keys = {"task": f"backbone {device}", "model": name}
+        keys = {"task": f"backbone_{device}", "model": name}
         append(results, *(_row(metric, unit, values, **given, **keys) for metric, unit, values in found))
         told = ", ".join(f"{metric} {statistics.median(values):,.0f}" for metric, _, values in found)
         print(f"[{number}/{len(names)}] {name}: {told}", file=sys.stderr, flush=True)
@@ -199,7 +199,7 @@ def plot(results: Path) -> list[Path]:
         metric: {
             line["model"]: float(line["value"])
             for line in lines
-            if line["metric"] == metric and line["task"] == "backbone cpu"
+            if line["metric"] == metric and line["task"] == "backbone_cpu"
         }
         for metric in ("train_tokens_per_s", "step_us_1")
     }
