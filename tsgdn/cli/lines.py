@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -69,6 +70,11 @@ class Parser:
                 self.format = "auto"
                 return BadLine("line.utf8", "the line is not text: uncompressed JSON lines or CSV are read")
         return self._json(line, raw) if self.format == "jsonl" else self._csv(line, raw)
+
+    def recognise(self, line: Line) -> None:
+        """Learns format and columns from a line whose row is not wanted."""
+        if self.format != "rows" and self.roles is None:
+            self(line)
 
     def _json(self, line: Line, raw: bytes) -> Row | BadLine:
         import orjson
@@ -139,10 +145,13 @@ class Parser:
             raise Misuse(f"{where}: {error}") from None
 
 
-def read_lines(stream: Any, *, limit: int = LINE_LIMIT, pause: float = 0.05) -> Iterator[list[Line] | None]:
+def read_lines(
+    stream: Any, *, limit: int = LINE_LIMIT, pause: float = 0.05, follow: bool = False
+) -> Iterator[list[Line] | None]:
     """Lines in bounded memory, as they come; None when input pauses.
 
-    A line beyond `limit` bytes is skipped to its end and given as a problem.
+    A line beyond `limit` bytes is skipped to its end and given as a problem. `follow` waits for more at the end of a
+    file.
     """
     try:
         descriptor = stream.fileno()
@@ -163,6 +172,10 @@ def read_lines(stream: Any, *, limit: int = LINE_LIMIT, pause: float = 0.05) -> 
             data = os.read(descriptor, 1 << 16)
         else:
             data = stream.read(1 << 16)
+        if not data and follow:
+            time.sleep(pause)
+            yield None
+            continue
         if not data:
             break
         lines = []

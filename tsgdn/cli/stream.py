@@ -44,8 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|Nms|auto",
         help="rows or milliseconds that are taken in together; auto: until a series comes again, or input pauses",
     )
-    parser.add_argument("--state", metavar="DIR", help="states are loaded from here if there are any, and saved here")
-    parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="S", help="seconds between saves (60)")
+    parser.add_argument(
+        "--state",
+        metavar="DIR|redis://",
+        help="states and the place in the source are kept here: what was taken in survives a kill",
+    )
+    parser.add_argument(
+        "--durability",
+        choices=("normal", "full", "memory"),
+        default="normal",
+        help="what is taken in survives a killed process, a power cut too, or neither between checkpoints (normal)",
+    )
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="S", help="seconds, at least (60)")
+    parser.add_argument("--takeover", action="store_true", help="take a store whose owner has not shown up in time")
+    parser.add_argument("--from-start", action="store_true", help="read the source anew, whatever the states have seen")
+    parser.add_argument("--follow", action="store_true", help="wait for more at the end of a file")
     parser.add_argument("--freq", help="step of the series, such as h or D (the model's own)")
     parser.add_argument("--max-series", type=int, metavar="N", help="rows of further series are set aside")
     parser.add_argument("--on-unknown", choices=("create", "reject"), default="create", help="series not seen before")
@@ -72,7 +85,7 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
         raise Misuse(f"--checkpoint-every is {args.checkpoint_every}, expected a positive number of seconds")
     if args.max_series is not None and args.max_series < 1:
         raise Misuse(f"--max-series is {args.max_series}, expected at least 1")
-    for name, value in (("--model", args.model), ("--state", args.state), ("--source", args.source)):
+    for name, value in (("--model", args.model), ("--source", args.source)):
         if value and "://" in value:
             raise Misuse(f"{name} {value!r} is an address, expected a local path")
     if args.source != "-" and not args.source.startswith("replay:"):
@@ -83,7 +96,8 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
             )
         if not os.access(path, os.R_OK):
             raise Misuse(f"--source {args.source}: may not be read")
-    from tsgdn.streaming import snapshot
+    if args.follow and (args.source == "-" or args.source.startswith("replay:")):
+        raise Misuse(f"--follow with --source {args.source}: only a file can be followed; a pipe is read to its end")
     from tsgdn.streaming.predictor import StatefulPredictor
 
     more = {name: getattr(args, name) for name in ("freq", "horizon", "max_series") if getattr(args, name) is not None}
@@ -100,14 +114,7 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
         own = read_series_info(Path(args.model).expanduser()).get("freq")
         if own is not None and Clock(own) != Clock(args.freq):
             raise Misuse(f"--freq is {args.freq!r}, the model was fitted on {own!r}: leave the option out")
-    if args.state is not None:
-        folder = Path(args.state).expanduser()
-        stack.callback(os.close, _lock(folder))
-        if snapshot.exists(folder):
-            try:
-                predictor.load(folder)
-            except (ValueError, OSError) as error:
-                raise Misuse(f"--state {args.state}: {error}") from None
+    durable = None if args.state is None else _durable(args, predictor, stack)
     dead = None
     if args.dead_letter is not None:
         try:
@@ -122,8 +129,54 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
             raise Misuse("--source -: standard input is closed")
         source = read_lines(getattr(sys.stdin, "buffer", sys.stdin))
     else:
-        source = read_lines(stack.enter_context(Path(args.source).expanduser().open("rb", buffering=0)))
-    return predictor, source, levels, tick, dead
+        opened = stack.enter_context(Path(args.source).expanduser().open("rb", buffering=0))
+        source = read_lines(opened, follow=args.follow)
+    return predictor, durable, source, levels, tick, dead
+
+
+def _durable(args: argparse.Namespace, predictor: Any, stack: contextlib.ExitStack) -> Any:
+    """The store of --state, its states in the predictor; `stack` lets go of it."""
+    from tsgdn.cli.main import Misuse
+    from tsgdn.streaming import snapshot
+    from tsgdn.streaming.durable import DurablePredictor
+    from tsgdn.streaming.stores import StoreError, open_store
+
+    place = args.state if "://" in args.state else Path(args.state).expanduser()
+    try:
+        durable = DurablePredictor(
+            predictor,
+            open_store(place, durability=args.durability),
+            owner="tsgdn stream",
+            source=args.source,
+            checkpoint_every=args.checkpoint_every,
+            takeover=args.takeover,
+            progress=_Progress("ticks replayed"),
+        )
+        stack.callback(durable.store.close)
+        if isinstance(place, Path) and snapshot.exists(place) and not len(predictor):
+            durable.adopt(place)
+            _log(f"{len(predictor)} series were taken over from the snapshot in {place}")
+    except (StoreError, ValueError, OSError) as error:
+        raise Misuse(f"--state {args.state}: {error}") from None
+    found = durable.recovery
+    if found.series or found.ticks:
+        _log(f"{len(predictor)} series were restored, {found.ticks} ticks of the journal among them")
+    for item, code in found.lost.items():
+        _log(f"{code}: the state of item {item} is damaged; its rows are set aside")
+    return durable
+
+
+class _Progress:
+    """Tells of a long recovery, now and then."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.told = what, time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        now = time.monotonic()
+        if now - self.told > 2:
+            self.told = now
+            _log(f"{number} {self.what}")
 
 
 class Tick(NamedTuple):
@@ -134,6 +187,63 @@ class Tick(NamedTuple):
     apart: bool
 
 
+class Place:
+    """Where in the source a stream stands: how many lines, and a digest of the last one to know it again.
+
+    Args:
+        source: a file or data set; what comes by a pipe has no place to go back to.
+        offset: that the states were stored with.
+    """
+
+    def __init__(self, source: str, offset: bytes | None) -> None:
+        self.source = source
+        self.number, self.digest = 0, ""
+        if offset and source != "-":
+            told = json.loads(offset)
+            self.number, self.digest = int(told["line"]), str(told["digest"])
+        self.met = self.number == 0
+        self._latest = offset or b""
+
+    def behind(self, line: Line) -> bool:
+        """Whether the states hold the line already.
+
+        Raises:
+            Misuse: the line that should have been the last one is another.
+        """
+        from tsgdn.cli.main import Misuse
+
+        if line.number > self.number:
+            return False
+        if line.number == self.number:
+            self.met = _digest(line) == self.digest
+            if not self.met:
+                raise Misuse(
+                    f"--source {self.source}: line {line.number} is not the one that the states ended with: "
+                    "give the file that was streamed, or --from-start"
+                )
+        return True
+
+    def reached(self) -> None:
+        """Raises Misuse where the source ended before the place was met."""
+        from tsgdn.cli.main import Misuse
+
+        if not self.met:
+            raise Misuse(
+                f"--source {self.source}: the states hold its first {self.number} lines and it has fewer: "
+                "give the file that was streamed, or --from-start"
+            )
+
+    def after(self, line: Line) -> bytes:
+        """The place after a line; a last line without its end may still grow and is read again."""
+        if self.source != "-" and line.whole:
+            self._latest = json.dumps({"line": line.number, "digest": _digest(line)}).encode()
+        return self._latest
+
+
+def _digest(line: Line) -> str:
+    return hashlib.blake2b(line.raw, digest_size=8).hexdigest()
+
+
 class Stream:
     """One run of the filter."""
 
@@ -141,17 +251,19 @@ class Stream:
         self,
         args: argparse.Namespace,
         predictor: Any,
+        durable: Any,
         source: Iterator[list[Line] | None],
         levels: tuple[float, ...],
         tick: Tick,
         dead: BinaryIO | None,
     ) -> None:
         self.args, self.predictor, self.source, self.levels, self.tick = args, predictor, source, levels, tick
-        self.dead = dead
+        self.dead, self.durable = dead, durable
+        self.place = Place(args.source, None if durable is None or args.from_start else durable.recovery.offset)
         self.out: Any = getattr(sys.stdout, "buffer", sys.stdout)
         self.counts: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
-        self.seq = 0
+        self.ticks = 0
         self.stopping = False
         self.unreadable = 0
         # lines of rows that the predictor holds back; of those in the states of an earlier run what they said
@@ -173,15 +285,15 @@ class Stream:
         began = time.monotonic()
         failure = None
         try:
-            for part in (self._pump, self._flush):  # what was read before a failure counts
+            for part in (self._again, self._pump, self._flush):  # what was read before a failure counts
                 try:
                     part()
                 except BrokenPipeError:
                     self._silence_stdout()
                 except (Misuse, OSError) as error:
                     failure = failure or error
-            if self.counts["rows"]:
-                self._save()
+            if self.durable is not None:
+                self.durable.close()  # with a checkpoint; a bug goes past this line and leaves the journal as it is
             if self.counts["rows"] or failure is None:
                 self._summary(time.monotonic() - began)
         finally:
@@ -191,12 +303,20 @@ class Stream:
         bad = self.counts["rejected"] + self.counts["late"] + self.counts["unreadable"]
         return 2 if self.args.strict and bad else 0
 
+    def _again(self) -> None:
+        """Forecasts of the last tick before a kill may not have been sent: they are sent again, by the same ids."""
+        if self.durable is not None and self.durable.recovery.ticks and self.args.emit != "none":
+            self._emit(list(self.durable.recovery.last))
+
     def _pump(self) -> None:
         """Reads until the source ends or a signal asks to stop."""
-        saved, deadline = time.monotonic(), 0.0
+        deadline = 0.0
         for lines in self.source:
             now = time.monotonic()
             for line in lines or ():
+                if self.place.behind(line):
+                    self.parser.recognise(line)
+                    continue
                 row = self._row(line)
                 if row is None:
                     continue
@@ -211,11 +331,11 @@ class Stream:
                     self._flush()
             if now >= deadline or (lines is None and self.tick.apart):
                 self._flush()
-            if self.args.state is not None and now - saved >= self.args.checkpoint_every:
-                self._save()
-                saved = time.monotonic()
+            if self.durable is not None and self.durable.due():
+                self.durable.checkpoint()
             if self.stopping:
                 break
+        self.place.reached()
 
     def _flush(self) -> None:
         """Takes in the rows of a tick, each once whatever happens meanwhile."""
@@ -255,7 +375,11 @@ class Stream:
         rows = from_objects(ids, stamps, [row.values for row in batch], predictor.variates)
         touched = dict.fromkeys(rows.item_ids)
         heads = {item: predictor.head(item) if item in predictor else 0 for item in touched}
-        report = predictor.observe(rows)
+        self.ticks += 1
+        if self.durable is None:
+            report = predictor.observe(rows)
+        else:
+            report = self.durable.observe(rows, offset=self.place.after(batch[-1].line))
         self.counts["rows"] += len(batch)
         for name in ("accepted", "missing", "duplicate", "late", "rejected", "gap"):
             self.counts[name] += getattr(report, name)
@@ -316,9 +440,8 @@ class Stream:
                 "freq": forecast.freq,
                 "quantiles": quantiles,
                 "flags": sorted(forecast.flags[b]),
-                "seq": self.seq,
+                "seq": self.ticks if self.durable is None else self.durable.store.seq,
             }
-            self.seq += 1
             lines.append(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
         self.out.write(b"".join(lines))
         self.out.flush()
@@ -345,10 +468,6 @@ class Stream:
         if self.log_dropped:
             _log(f"{self.log_dropped} more rows were set aside and not named here")
             self.log_dropped = 0
-
-    def _save(self) -> None:
-        if self.args.state is not None:
-            self.predictor.save(Path(self.args.state).expanduser())
 
     def _summary(self, seconds: float) -> None:
         # rows that still wait for others to agree would be forgotten without a state folder
@@ -467,28 +586,6 @@ def _tick(text: str, emit: str) -> Tick:
     if match[2]:
         return Tick(65_536, int(match[1]) / 1000, False)
     return Tick(int(match[1]), float("inf"), False)
-
-
-def _lock(folder: Path) -> int:
-    """Takes the folder for this process alone; the lock ends with it."""
-    import fcntl
-
-    from tsgdn.cli.main import Misuse
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise Misuse(f"--state {folder}: {error.strerror}, expected a folder that may be written") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(descriptor, 100).decode("utf-8", "replace").strip()
-        os.close(descriptor)
-        raise Misuse(f"--state {folder} is in use by process {owner}: give each stream its own folder") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
 
 
 def _log(text: str) -> None:
