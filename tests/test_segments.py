@@ -142,8 +142,7 @@ def test_pieces_of_packed_sequences_and_fewer_than_one_are_refused() -> None:
         gated_delta_rule(**a, segments=0)
 
 
-@pytest.mark.parametrize("form", ["gated delta", "decoupled", "linear"])
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize(("form", "state"), [("gated delta", True), ("decoupled", False), ("linear", True)])
 def test_the_ops_of_pieces_follow_the_rules_of_torch(form: str, state: bool) -> None:
     from tsgdn.kernels.gated_delta_rule.segments import segmented_backward_op, segmented_op
 

@@ -164,7 +164,8 @@ def test_cutting_anywhere_changes_nothing(form: str) -> None:
 def test_a_mixer_on_these_kernels_obeys_the_law(name: str) -> None:
     mixer = build(name, 16, {"heads": 2, "key_dim": 8, "value_dim": 8}).to(DEVICE)
     x, bounds = torch.randn(2, C + 5, 16, device=DEVICE), {"rtol": 1e-5, "atol": 1e-5}
-    checks.check_streaming(mixer, x, **bounds)
+    cuts = checks.CUTS if DEVICE == "cuda" else ((11,), (9, 0, 1))  # interpreted, each call takes its time
+    checks.check_streaming(mixer, x, cuts=cuts, **bounds)
     checks.check_step(mixer, x[:, :4], **bounds)
     checks.check_causal(mixer, x)
     checks.check_state_is_a_value(mixer, x)
