@@ -1,4 +1,7 @@
-"""Synthetic streams whose rules change: seasonal series with regime switches, from a seed alone."""
+"""Synthetic streams whose rules change: seasonal series with regime switches, from a seed alone.
+
+The tasks of the retention study, which ask for a regime again after a gap, are in `tsgdn.data.retention`.
+"""
 
 from importlib.resources import files
 
