@@ -1,4 +1,7 @@
-"""`tsgdn bench QUESTION`: gluonts (accuracy), mixers (all side by side), kernels (speed); resumable, rows in a CSV."""
+"""`tsgdn bench QUESTION`: gluonts (accuracy), mixers (all side by side), kernels, latency, memory.
+
+All are resumable and append rows to a CSV.
+"""
 
 import argparse
 import sys
@@ -12,7 +15,7 @@ HEADLINE = "etth1,us_births,m4_hourly,exchange_rate_nips"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tsgdn bench`, by question."""
-    questions = parser.add_subparsers(dest="question", required=True, metavar="gluonts|mixers|kernels")
+    questions = parser.add_subparsers(dest="question", required=True, metavar="gluonts|mixers|kernels|latency|memory")
     gluonts = questions.add_parser("gluonts", help="accuracy of every mixer on published windows")
     gluonts.add_argument("--tasks", default=HEADLINE, help=f"evaluation cells with a preset (default {HEADLINE})")
     gluonts.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
@@ -52,10 +55,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: small sizes, to see it run")
     kernels.add_argument("--seed", type=int, default=0, help="of the inputs")
 
+    latency = questions.add_parser("latency", help="cost of an observation and a forecast, beside what else there is")
+    latency.add_argument("--streams", default="1,64,1000,10000", help="numbers of series, comma-separated")
+    latency.add_argument("--contestants", help="names, comma-separated (all that are installed)")
+    latency.add_argument("--only", choices=["ours", "theirs"], help="one of the two halves")
+    latency.add_argument("--horizon", type=int, default=24, help="steps of a forecast")
+    latency.add_argument("--histories", default="1000,1000000", help="steps seen before: usual, and long for --flat")
+    latency.add_argument("--flat", default="1", help="numbers of series for which the two are compared")
+    latency.add_argument("--seconds", type=float, default=3.0, help="given to each kind of call")
+
+    memory = questions.add_parser("memory", help="bytes per series, and whether they grow over many observations")
+    memory.add_argument("--streams", default="1000,10000,50000", help="growing numbers of series, comma-separated")
+    memory.add_argument("--soak", type=int, default=1_000_000, help="observations of the soak; 0 = none")
+    memory.add_argument("--soak-streams", type=int, default=1000, help="series of the soak")
+
+    for each in (latency, memory):
+        each.add_argument("--mixers", default="gated_deltanet", help="names, comma-separated")
+        each.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where states live")
+        each.add_argument("--threads", type=int, help="of torch (all cores)")
+        each.add_argument("--seed", type=int, default=0, help="of weights and values")
+        each.add_argument(
+            "--results", type=Path, default=Path("experiments/streaming/results.csv"), help="CSV to append to"
+        )
+        each.add_argument(
+            "--resume", action="store_true", help="leave out what has rows of this commit, hardware and options"
+        )
+
 
 def run(args: argparse.Namespace) -> int:
     """Measures what has no rows yet; exit 1 if a cell failed."""
-    return {"kernels": _kernels, "mixers": _mixers, "gluonts": _gluonts}[args.question](args)
+    questions = {"kernels": _kernels, "mixers": _mixers, "gluonts": _gluonts, "latency": _latency, "memory": _memory}
+    return questions[args.question](args)
 
 
 def _gluonts(args: argparse.Namespace) -> int:
@@ -172,6 +202,100 @@ def _kernels(args: argparse.Namespace) -> int:
         resume=args.resume,
     )
     return 1 if failed else 0
+
+
+def _latency(args: argparse.Namespace) -> int:
+    from tsgdn.bench import latency
+
+    mixers = _streaming_mixers(args)
+    contestants = _chosen("--contestants", args.contestants, tuple(latency.CONTESTANTS))
+    streams, flat = _numbers("--streams", args.streams), _numbers("--flat", args.flat)
+    histories = _numbers("--histories", args.histories)
+    if len(histories) != 2 or histories[0] >= histories[1]:
+        raise Misuse(f"--histories {args.histories}: expected a short and a long one, as in 1000,1000000")
+    _at_least_one("--horizon", args.horizon)
+    if not args.seconds >= 0:
+        raise Misuse(f"--seconds {args.seconds}: expected 0 or more")
+    options = latency.Options(
+        horizon=args.horizon,
+        histories=(histories[0], histories[1]),
+        flat=tuple(flat),
+        seconds=args.seconds,
+        threads=_threads(args),
+        device=args.device,
+        seed=args.seed,
+    )
+    failed = latency.run(
+        [] if args.only == "theirs" else mixers,
+        [] if args.only == "ours" else contestants,
+        streams,
+        results=args.results,
+        options=options,
+        resume=args.resume,
+    )
+    return 1 if failed else 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from tsgdn.bench import memory
+
+    mixers, streams = _streaming_mixers(args), _numbers("--streams", args.streams)
+    if streams != sorted(set(streams)):
+        raise Misuse(f"--streams {args.streams}: expected growing numbers")
+    if args.soak < 0:
+        raise Misuse(f"--soak {args.soak}: expected a number of observations, or 0 for none")
+    _at_least_one("--soak-streams", args.soak_streams)
+    failed = memory.run(
+        mixers,
+        streams,
+        results=args.results,
+        observations=args.soak,
+        soak_streams=args.soak_streams,
+        threads=_threads(args),
+        device=args.device,
+        seed=args.seed,
+        resume=args.resume,
+    )
+    return 1 if failed else 0
+
+
+def _streaming_mixers(args: argparse.Namespace) -> list[str]:
+    import torch
+
+    from tsgdn.bench.latency import predictor
+    from tsgdn.mixers import MIXERS
+    from tsgdn.model.backbone import BACKBONES
+
+    mixers = _chosen("--mixers", args.mixers, (*MIXERS, *BACKBONES))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Misuse("there is no CUDA device to measure on; leave --device out")
+    for name in mixers:
+        try:
+            predictor(name)
+        except ValueError as error:
+            raise Misuse(f"--mixers {name}: {error}") from error
+    return mixers
+
+
+def _threads(args: argparse.Namespace) -> int:
+    from tsgdn.bench.latency import cores
+
+    if args.threads is None:
+        return cores()
+    _at_least_one("--threads", args.threads)
+    return args.threads
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",") if part.isdecimal()]
+    if len(numbers) != len(text.split(",")) or not all(numbers):
+        raise Misuse(f"{option} {text}: expected whole numbers from 1, as in 1,64,1000")
+    return numbers
+
+
+def _at_least_one(option: str, number: int) -> None:
+    if number < 1:
+        raise Misuse(f"{option} {number}: expected at least 1")
 
 
 def _chosen(option: str, text: str | None, known: Sequence[str]) -> list[str]:
