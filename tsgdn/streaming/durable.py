@@ -338,6 +338,41 @@ def layout(predictor: StatefulPredictor) -> tuple[tuple[Leaf, ...], bytes]:
     return leaves, layout_digest([*((leaf.name, leaf.shape, str(leaf.dtype)) for leaf in leaves), (meaning, (), "")])
 
 
+class Aside(NamedTuple):
+    """What a record holds beside the leaves.
+
+    Attributes:
+        held: rows that wait for others: step, timestamp in nanoseconds, values.
+        begin: step of the first column of `known`, None without.
+        known: features of steps to come (F, n).
+    """
+
+    held: list[tuple[int, int, list[float | None]]]
+    begin: int | None
+    known: np.ndarray | None
+
+
+def aside(record: Record) -> Aside:
+    """What has no fixed size in a record."""
+    told, rest = _unframed(record.extra)
+    held = [(step, stamp, values) for step, stamp, values in told["held"]]
+    if "known" not in told:
+        return Aside(held, None, None)
+    begin, shape, dtype = told["known"]
+    return Aside(held, begin, np.frombuffer(rest, dtype).reshape(shape))
+
+
+def split(record: Record, leaves: Sequence[Leaf]) -> dict[str, Tensor]:
+    """The leaves of a record by name, from `layout`."""
+    tensors, at = {}, 0
+    for leaf in leaves:
+        data = bytearray(record.leaves[at : at + leaf.nbytes])
+        flat = torch.frombuffer(data, dtype=leaf.dtype) if data else torch.empty(0, dtype=leaf.dtype)
+        tensors[leaf.name] = flat.reshape(leaf.shape)
+        at += leaf.nbytes
+    return tensors
+
+
 def packed(tick: Tick) -> bytes:
     """A tick as bytes: a JSON header, then the arrays."""
     rows, blocks = tick.rows, [np.ascontiguousarray(block, np.float64) for block in tick.known.values()]
