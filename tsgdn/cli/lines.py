@@ -23,12 +23,21 @@ class BadLine(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of the source; `raw` is cut where it is too long."""
+    """A line of a file, or what a broker holds in its place; `raw` is cut where it is too long."""
 
     number: int
     raw: bytes
     problem: BadLine | None = None
     whole: bool = True  # ended by a newline
+    at: str = ""  # how a broker calls it
+    seen: bool = False  # the states hold it: it is read for the format and the columns alone
+    fields: dict[str, str] | None = None  # where the columns come apart
+    row: "Row | None" = None  # where there is nothing to read
+
+    @property
+    def where(self) -> str:
+        """For a person who wants to find it."""
+        return f"entry {self.at}" if self.at else f"line {self.number}"
 
 
 class Row(NamedTuple):
@@ -43,19 +52,22 @@ class Row(NamedTuple):
 class Parser:
     """Lines into rows; decides on the format and the columns by what comes first.
 
-    Raises `Misuse` when the header, or the first record, has columns that nobody asked for or lacks one.
+    Raises `Misuse` when the header, or the first record, has columns that nobody asked for or lacks one; what a broker
+    holds is set aside instead, or one record would stop every start.
     """
 
-    def __init__(self, format: str, variates: tuple[str, ...]) -> None:
-        self.format, self.variates = format, variates
+    def __init__(self, format: str, variates: tuple[str, ...], *, broker: bool = False) -> None:
+        self.format, self.variates, self.broker = format, variates, broker
         self.roles: list[str] | None = None
         self.order: list[int] = []
         self.width = 0
 
     def __call__(self, line: Line) -> Row | BadLine | None:
         """The row of a line, what is wrong with it, or None if there is nothing to read."""
-        if self.format == "rows":
-            return line  # pyright: ignore[reportReturnType]
+        if line.row is not None:
+            return line.row
+        if line.fields is not None and line.problem is None:
+            return self._fields(line, line.fields)
         raw = line.raw
         if line.number == 1 and raw.startswith(b"\xef\xbb\xbf"):
             raw = raw[3:]
@@ -94,11 +106,29 @@ class Parser:
         text_values = sum(isinstance(value, str) for value in record.values())
         if (b"\\" in raw or raw.count(b'"') != 2 * (len(record) + text_values)) and _repeats(raw):
             return BadLine("json.duplicate", "a key comes twice")
+        return self._record(line, record)
+
+    def _fields(self, line: Line, fields: dict[str, str]) -> Row | BadLine:
+        row = self._record(line, fields)
+        if isinstance(row, BadLine):
+            return row
+        values = row.values if isinstance(row.values, list) else [row.values]
+        cells = [None if value is None else _cell(value) for value in values]
+        return row._replace(values=cells if isinstance(row.values, list) else cells[0])
+
+    def _record(self, line: Line, record: dict[str, Any]) -> Row | BadLine:
+        from tsgdn.cli.main import Misuse
+
         if self.roles is None:
             given = list(record)
             if any(name in record for name in self.variates):  # the others may come in rows of their own
                 given += [name for name in self.variates if name not in record]
-            self.roles = self._columns(given, f"line {line.number}")
+            try:
+                self.roles = self._columns(given, line.where)
+            except Misuse as error:
+                if not self.broker:
+                    raise
+                return BadLine("row.column", str(error).removeprefix(f"{line.where}: "))
         item, stamp, *targets = self.roles
         if len(record) > len(self.roles) or any(name not in self.roles for name in record):
             extra = sorted(set(record) - set(self.roles))

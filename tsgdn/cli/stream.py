@@ -1,11 +1,13 @@
 """`tsgdn stream`: observations in, line by line, quantile forecasts out as JSON lines.
 
-A filter: data on stdin or in a file, forecasts on stdout, everything else on stderr. A wrong option, file or schema
-stops it before anything is applied; a wrong row is counted, named and set aside, and the stream goes on.
+A filter and a service: data from stdin, a file, a data set, Redis Streams or Kafka; forecasts to stdout, a file or
+Redis Streams; everything else to stderr. A wrong option, file or schema stops it before anything is applied; a wrong
+row is counted, named and set aside, and the stream goes on.
 """
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import io
 import json
@@ -15,20 +17,36 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tsgdn.cli.lines import Line, Parser, Row, read_lines
+from tsgdn.cli.lines import Line, Parser, Row
+from tsgdn.cli.main import Misuse
+from tsgdn.cli.sinks import Append, Forecast, Sink, open_sink
+from tsgdn.cli.sources import REDIS_OPTIONS, Control, File, Source, open_source, read_address, without_password
 
 UNREADABLE_LIMIT = 100
 LOG_LINES_PER_SECOND = 10
+RENEW_EVERY = 10.0  # seconds; the lease of a store runs for 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `tsgdn stream`."""
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a fitted model")
-    parser.add_argument("--source", default="-", metavar="-|FILE|replay:NAME", help="where observations come from (-)")
+    parser.add_argument(
+        "--source",
+        default="-",
+        metavar="-|FILE|replay:NAME|redis://|kafka://",
+        help="where observations come from (-): redis://HOST/DB?stream=NAME&group=G&consumer=C, "
+        "kafka://HOST:PORT/TOPIC?group=G",
+    )
+    parser.add_argument(
+        "--sink",
+        default="-",
+        metavar="-|FILE|redis://|null",
+        help="where forecasts go (-): redis://HOST/DB?stream=NAME",
+    )
     parser.add_argument("--format", choices=("auto", "jsonl", "csv"), default="auto", help="of the source (auto)")
     parser.add_argument("--horizon", type=int, metavar="N", help="steps per forecast (the model's own)")
     parser.add_argument("--quantiles", default=".1,.5,.9", metavar="LEVELS", help="comma-separated (.1,.5,.9)")
@@ -56,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is taken in survives a killed process, a power cut too, or neither between checkpoints (normal)",
     )
     parser.add_argument("--checkpoint-every", type=float, default=60.0, metavar="S", help="seconds, at least (60)")
-    parser.add_argument("--takeover", action="store_true", help="take a store whose owner has not shown up in time")
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="take a store whose owner has not shown up in time, and what other consumers of the group left unread",
+    )
     parser.add_argument("--from-start", action="store_true", help="read the source anew, whatever the states have seen")
     parser.add_argument("--follow", action="store_true", help="wait for more at the end of a file")
     parser.add_argument("--freq", help="step of the series, such as h or D (the model's own)")
@@ -64,19 +86,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on-unknown", choices=("create", "reject"), default="create", help="series not seen before")
     parser.add_argument("--dead-letter", metavar="FILE", help="rows set aside are added here, as JSON lines")
     parser.add_argument("--strict", action="store_true", help="exit 2 if any row was set aside")
+    parser.add_argument("--log", choices=("text", "json"), default="text", help="lines on stderr (text)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Streams until the source ends or a signal asks to stop; returns the exit code."""
-    with contextlib.ExitStack() as stack:
-        return Stream(args, *_check(args, stack)).run()
+    log = Log(args.log)
+    try:
+        with contextlib.ExitStack() as stack:
+            return Stream(args, log, *_check(args, Control(log), stack)).run()
+    except (Misuse, OSError) as error:
+        if args.log == "text" or isinstance(error, BrokenPipeError):
+            raise
+        log(" ".join(str(error).split()), level="error")
+        return 2 if isinstance(error, (Misuse, *_MISUSE)) else 1
 
 
-def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, ...]:
+_MISUSE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # as in main
+
+
+class Log:
+    """Lines on stderr, for people or for machines.
+
+    Args:
+        form: "text", or "json": an object per line with time, level and message, and what else is known.
+    """
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def __call__(self, text: str, *, level: str = "info", **more: Any) -> None:
+        """Tells one thing; `more` is for machines alone."""
+        if self.form == "json":
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            record = {"time": now, "level": level, "message": text, **more}
+            print(json.dumps(record), file=sys.stderr, flush=True)
+            return
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+        print(f"tsgdn stream: {shown}", file=sys.stderr, flush=True)
+
+
+def _check(args: argparse.Namespace, control: Control, stack: contextlib.ExitStack) -> tuple[Any, ...]:
     """All that can be wrong with the options, before anything is read; `stack` closes what this opens."""
-    from tsgdn.cli.main import Misuse
-
     levels = _levels(args.quantiles)
     tick = _tick(args.tick, args.emit)
     if args.horizon is not None and not 1 <= args.horizon <= 100_000:
@@ -85,19 +137,10 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
         raise Misuse(f"--checkpoint-every is {args.checkpoint_every}, expected a positive number of seconds")
     if args.max_series is not None and args.max_series < 1:
         raise Misuse(f"--max-series is {args.max_series}, expected at least 1")
-    for name, value in (("--model", args.model), ("--source", args.source)):
-        if value and "://" in value:
-            raise Misuse(f"{name} {value!r} is an address, expected a local path")
-    if args.source != "-" and not args.source.startswith("replay:"):
-        path = Path(args.source).expanduser()
-        if not path.exists() or path.is_dir():
-            raise Misuse(
-                f"--source {args.source}: {'is a folder' if path.is_dir() else 'no such file'}, expected a file"
-            )
-        if not os.access(path, os.R_OK):
-            raise Misuse(f"--source {args.source}: may not be read")
-    if args.follow and (args.source == "-" or args.source.startswith("replay:")):
-        raise Misuse(f"--follow with --source {args.source}: only a file can be followed; a pipe is read to its end")
+    if "://" in args.model:
+        raise Misuse(f"--model {without_password(args.model)!r} is an address, expected a local path")
+    if "://" in args.source and args.format == "csv":
+        raise Misuse("--format is csv, expected jsonl or auto: a broker holds records, and no header")
     from tsgdn.streaming.predictor import StatefulPredictor
 
     more = {name: getattr(args, name) for name in ("freq", "horizon", "max_series") if getattr(args, name) is not None}
@@ -114,69 +157,72 @@ def _check(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, 
         own = read_series_info(Path(args.model).expanduser()).get("freq")
         if own is not None and Clock(own) != Clock(args.freq):
             raise Misuse(f"--freq is {args.freq!r}, the model was fitted on {own!r}: leave the option out")
-    durable = None if args.state is None else _durable(args, predictor, stack)
+    source = open_source(args.source, predictor, control, follow=args.follow, takeover=args.takeover)
+    stack.callback(source.close)
+    sink = open_sink(args.sink, control)
+    stack.callback(sink.close)
+    if isinstance(source, File) and isinstance(sink, Append) and source.path.samefile(sink.path):
+        raise Misuse(f"--sink {args.sink}: is the source: give another file")
+    if "://" in args.sink and getattr(source, "place", source) == getattr(sink, "place", sink):
+        raise Misuse(f"{getattr(sink, 'shown', '--sink')}: is the source: give another stream")
+    durable = None if args.state is None else _durable(args, predictor, source.name, control, stack)
     dead = None
     if args.dead_letter is not None:
         try:
             dead = stack.enter_context(Path(args.dead_letter).expanduser().open("ab"))
         except OSError as error:
             raise Misuse(f"--dead-letter {args.dead_letter}: {error.strerror}") from None
-    source: Iterator[list[Line] | None]
-    if args.source.startswith("replay:"):
-        source = _replayed(args.source.removeprefix("replay:"), predictor)
-    elif args.source == "-":
-        if sys.stdin is None:
-            raise Misuse("--source -: standard input is closed")
-        source = read_lines(getattr(sys.stdin, "buffer", sys.stdin))
-    else:
-        opened = stack.enter_context(Path(args.source).expanduser().open("rb", buffering=0))
-        source = read_lines(opened, follow=args.follow)
-    return predictor, durable, source, levels, tick, dead
+    source.resume(None if durable is None else durable.recovery.offset, anew=args.from_start)
+    return control, predictor, durable, source, sink, levels, tick, dead
 
 
-def _durable(args: argparse.Namespace, predictor: Any, stack: contextlib.ExitStack) -> Any:
+def _durable(
+    args: argparse.Namespace, predictor: Any, source: str, control: Control, stack: contextlib.ExitStack
+) -> Any:
     """The store of --state, its states in the predictor; `stack` lets go of it."""
-    from tsgdn.cli.main import Misuse
     from tsgdn.streaming import snapshot
     from tsgdn.streaming.durable import DurablePredictor
     from tsgdn.streaming.stores import StoreError, open_store
 
+    if args.state.startswith(("redis://", "rediss://", "unix://")):
+        read_address("--state", args.state, REDIS_OPTIONS)  # or the client's words may hold a password
     place = args.state if "://" in args.state else Path(args.state).expanduser()
     try:
         durable = DurablePredictor(
             predictor,
             open_store(place, durability=args.durability),
             owner="tsgdn stream",
-            source=args.source,
-            checkpoint_every=args.checkpoint_every,
+            source=source,
+            checkpoint_every=float("inf"),  # not between a tick and its forecasts: see Stream._chores
             takeover=args.takeover,
-            progress=_Progress("ticks replayed"),
+            progress=_Progress("ticks replayed", control.log),
         )
         stack.callback(durable.store.close)
         if isinstance(place, Path) and snapshot.exists(place) and not len(predictor):
             durable.adopt(place)
-            _log(f"{len(predictor)} series were taken over from the snapshot in {place}")
+            control.log(f"{len(predictor)} series were taken over from the snapshot in {place}")
     except (StoreError, ValueError, OSError) as error:
-        raise Misuse(f"--state {args.state}: {error}") from None
+        raise Misuse(f"--state {without_password(args.state)}: {error}") from None
     found = durable.recovery
     if found.series or found.ticks:
-        _log(f"{len(predictor)} series were restored, {found.ticks} ticks of the journal among them")
+        control.log(f"{len(predictor)} series were restored, {found.ticks} ticks of the journal among them")
     for item, code in found.lost.items():
-        _log(f"{code}: the state of item {item} is damaged; its rows are set aside")
+        text = f"{code}: the state of item {item} is damaged; its rows are set aside"
+        control.log(text, level="warning", code=code, item_id=item)
     return durable
 
 
 class _Progress:
     """Tells of a long recovery, now and then."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.told = what, time.monotonic()
+    def __init__(self, what: str, log: Callable[..., None]) -> None:
+        self.what, self.log, self.told = what, log, time.monotonic()
 
     def __call__(self, number: int) -> None:
         now = time.monotonic()
         if now - self.told > 2:
             self.told = now
-            _log(f"{number} {self.what}")
+            self.log(f"{number} {self.what}")
 
 
 class Tick(NamedTuple):
@@ -187,113 +233,68 @@ class Tick(NamedTuple):
     apart: bool
 
 
-class Place:
-    """Where in the source a stream stands: how many lines, and a digest of the last one to know it again.
-
-    Args:
-        source: a file or data set; what comes by a pipe has no place to go back to.
-        offset: that the states were stored with.
-    """
-
-    def __init__(self, source: str, offset: bytes | None) -> None:
-        self.source = source
-        self.number, self.digest = 0, ""
-        if offset and source != "-":
-            told = json.loads(offset)
-            self.number, self.digest = int(told["line"]), str(told["digest"])
-        self.met = self.number == 0
-        self._latest = offset or b""
-
-    def behind(self, line: Line) -> bool:
-        """Whether the states hold the line already.
-
-        Raises:
-            Misuse: the line that should have been the last one is another.
-        """
-        from tsgdn.cli.main import Misuse
-
-        if line.number > self.number:
-            return False
-        if line.number == self.number:
-            self.met = _digest(line) == self.digest
-            if not self.met:
-                raise Misuse(
-                    f"--source {self.source}: line {line.number} is not the one that the states ended with: "
-                    "give the file that was streamed, or --from-start"
-                )
-        return True
-
-    def reached(self) -> None:
-        """Raises Misuse where the source ended before the place was met."""
-        from tsgdn.cli.main import Misuse
-
-        if not self.met:
-            raise Misuse(
-                f"--source {self.source}: the states hold its first {self.number} lines and it has fewer: "
-                "give the file that was streamed, or --from-start"
-            )
-
-    def after(self, line: Line) -> bytes:
-        """The place after a line; a last line without its end may still grow and is read again."""
-        if self.source != "-" and line.whole:
-            self._latest = json.dumps({"line": line.number, "digest": _digest(line)}).encode()
-        return self._latest
-
-
-def _digest(line: Line) -> str:
-    return hashlib.blake2b(line.raw, digest_size=8).hexdigest()
-
-
 class Stream:
     """One run of the filter."""
 
     def __init__(
         self,
         args: argparse.Namespace,
+        log: Log,
+        control: Control,
         predictor: Any,
         durable: Any,
-        source: Iterator[list[Line] | None],
+        source: Source,
+        sink: Sink,
         levels: tuple[float, ...],
         tick: Tick,
         dead: BinaryIO | None,
     ) -> None:
-        self.args, self.predictor, self.source, self.levels, self.tick = args, predictor, source, levels, tick
-        self.dead, self.durable = dead, durable
-        self.place = Place(args.source, None if durable is None or args.from_start else durable.recovery.offset)
-        self.out: Any = getattr(sys.stdout, "buffer", sys.stdout)
+        self.args, self.log, self.control, self.predictor, self.durable = args, log, control, predictor, durable
+        self.source, self.sink, self.levels, self.tick, self.dead = source, sink, levels, tick, dead
         self.counts: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
         self.ticks = 0
-        self.stopping = False
         self.unreadable = 0
-        # lines of rows that the predictor holds back; of those in the states of an earlier run what they said
-        self.pending: dict[tuple[str, str], tuple[int, bytes]] = {
-            (item, stamp): (0, json.dumps([item, stamp, values], ensure_ascii=False).encode())
+        # where the rows are that the predictor holds back, and what they said; earlier runs only left the latter
+        self.pending: dict[tuple[str, str], Line] = {
+            (item, stamp): Line(0, json.dumps([item, stamp, values], ensure_ascii=False).encode())
             for (item, stamp), values in predictor.held().items()
         }
         self.batch: list[Row] = []
         self.members: set[str] = set()  # series in it
+        self.latest: Line | None = None  # taken into the batch, or set aside, and not yet in a tick
+        self.offset = b""  # behind the last tick
+        self.unsent = False  # whether the sink failed
+        self.saved, self.renewed, self.duration = time.monotonic(), time.monotonic(), 0.0
         self.log_window, self.log_count, self.log_dropped = 0.0, 0, 0
-        replaying = args.source.startswith("replay:")
-        self.parser = Parser("rows" if replaying else args.format, predictor.variates)
+        form = args.format if source.format is None else source.format
+        self.parser = Parser(form, predictor.variates, broker=source.broker)
+        control.chores = self._renew
 
     def run(self) -> int:
         """Reads, observes, forecasts; saves at the end, but no states that a bug has left half changed."""
-        from tsgdn.cli.main import Misuse
+        from tsgdn.streaming.stores import StoreError
 
         handlers = self._install_signals()
         began = time.monotonic()
-        failure = None
+        failure: Exception | None = None
         try:
             for part in (self._again, self._pump, self._flush):  # what was read before a failure counts
+                if self.unsent:
+                    break  # and what could not be sent is sent first, by the next run
                 try:
                     part()
+                except StoreError as error:
+                    failure = OSError(f"--state {without_password(self.args.state)}: {error}")
+                    break
                 except BrokenPipeError:
                     self._silence_stdout()
                 except (Misuse, OSError) as error:
                     failure = failure or error
-            if self.durable is not None:
-                self.durable.close()  # with a checkpoint; a bug goes past this line and leaves the journal as it is
+            try:
+                self._end()  # a bug goes past this line and leaves the journal as it is
+            except StoreError as error:
+                failure = failure or OSError(f"--state {without_password(self.args.state)}: {error}")
             if self.counts["rows"] or failure is None:
                 self._summary(time.monotonic() - began)
         finally:
@@ -303,6 +304,16 @@ class Stream:
         bad = self.counts["rejected"] + self.counts["late"] + self.counts["unreadable"]
         return 2 if self.args.strict and bad else 0
 
+    def _end(self) -> None:
+        """Lets go of the store, with a checkpoint; without one where the journal tells which forecasts are missing."""
+        if self.durable is None:
+            return
+        if self.unsent and (self.args.durability != "memory" or self.source.replayable):
+            self.durable.store.close()
+            return
+        self.durable.close()
+        self._acknowledge()
+
     def _again(self) -> None:
         """Forecasts of the last tick before a kill may not have been sent: they are sent again, by the same ids."""
         if self.durable is not None and self.durable.recovery.ticks and self.args.emit != "none":
@@ -311,10 +322,10 @@ class Stream:
     def _pump(self) -> None:
         """Reads until the source ends or a signal asks to stop."""
         deadline = 0.0
-        for lines in self.source:
+        for lines in self.source.lines():
             now = time.monotonic()
             for line in lines or ():
-                if self.place.behind(line):
+                if line.seen:
                     self.parser.recognise(line)
                     continue
                 row = self._row(line)
@@ -327,77 +338,109 @@ class Stream:
                     deadline = time.monotonic() + self.tick.seconds
                 self.batch.append(row)
                 self.members.add(member)
+                self.latest = line
                 if len(self.batch) >= self.tick.rows:
                     self._flush()
-            if now >= deadline or (lines is None and self.tick.apart):
+            if now >= deadline or not self.batch or (lines is None and self.tick.apart):
                 self._flush()
-            if self.durable is not None and self.durable.due():
-                self.durable.checkpoint()
-            if self.stopping:
+            self._chores()
+            if self.control.stopping:
                 break
-        self.place.reached()
 
     def _flush(self) -> None:
         """Takes in the rows of a tick, each once whatever happens meanwhile."""
         batch, self.batch, self.members = self.batch, [], set()
-        self._observe(batch)
+        latest, self.latest = self.latest, None
+        if latest is not None:
+            self._observe(batch, latest)
+
+    def _chores(self) -> None:
+        """Checkpoints when it is time: after the forecasts of a tick, or a kill in between would lose them."""
+        if self.durable is None:
+            return
+        if time.monotonic() - self.saved >= max(self.args.checkpoint_every, 10 * self.duration):
+            began = time.monotonic()
+            self.durable.checkpoint()
+            self.saved = time.monotonic()
+            self.duration = self.saved - began
+            self._acknowledge()
+        self._renew()
+
+    def _renew(self) -> None:
+        """A stream that waits keeps its store."""
+        if self.durable is not None and time.monotonic() - self.renewed >= RENEW_EVERY:
+            self.renewed = time.monotonic()
+            self.durable.store.renew()
+
+    def _acknowledge(self) -> None:
+        """Tells the source how far the states are for certain."""
+        if self.offset and (
+            self.durable is None
+            or self.args.durability != "memory"
+            or self.durable.store.committed == self.durable.store.seq
+        ):
+            self.source.acknowledge(self.offset)
 
     # ---- in ---------------------------------------------------------------------------------------------------------
 
     def _row(self, line: Line) -> Row | None:
         """The row of a line; None for blank lines, headers and lines that were set aside."""
-        from tsgdn.cli.main import Misuse
-
         self.counts["lines"] += 1
         parsed = self.parser(line)
         if parsed is None or isinstance(parsed, Row):
             self.unreadable = 0 if parsed is not None else self.unreadable
             return parsed
         self.counts["unreadable"] += 1
-        self._set_aside(parsed.code, parsed.text, line.number, line.raw)
+        self._set_aside(parsed.code, parsed.text, line)
+        self.latest = line
         self.unreadable += 1
         if self.unreadable >= UNREADABLE_LIMIT:
             raise Misuse(
-                f"--source {self.args.source}: {UNREADABLE_LIMIT} unreadable lines in a row, the last is line "
-                f"{line.number} ({parsed.code}): is this {self.parser.format}?"
+                f"--source {without_password(self.args.source)}: {UNREADABLE_LIMIT} unreadable lines in a row, the "
+                f"last is {line.where} ({parsed.code}): is this {self.parser.format}?"
             )
         return None
 
-    def _observe(self, batch: list[Row]) -> None:
-        """Takes in a tick and forecasts."""
-        if not batch:
-            return
+    def _observe(self, batch: list[Row], latest: Line) -> None:
+        """Takes in a tick and forecasts; `latest` is the last line before the next tick."""
         from tsgdn.streaming.rows import from_objects
 
         predictor = self.predictor
+        offset = self.source.after(latest)
+        if not batch and (self.durable is None or not offset):
+            self.offset = offset
+            self._acknowledge()  # lines that were set aside, alone
+            return
         ids = [row.item_id for row in batch]
         stamps = [row.timestamp for row in batch]
         rows = from_objects(ids, stamps, [row.values for row in batch], predictor.variates)
         touched = dict.fromkeys(rows.item_ids)
         heads = {item: predictor.head(item) if item in predictor else 0 for item in touched}
         self.ticks += 1
-        if self.durable is None:
-            report = predictor.observe(rows)
-        else:
-            report = self.durable.observe(rows, offset=self.place.after(batch[-1].line))
+        report = predictor.observe(rows) if self.durable is None else self.durable.observe(rows, offset=offset)
+        self.offset = offset
         self.counts["rows"] += len(batch)
         for name in ("accepted", "missing", "duplicate", "late", "rejected", "gap"):
             self.counts[name] += getattr(report, name)
         for bad in report.set_aside:
             if bad.row is None:  # held back by an earlier tick, until now
-                number, raw = self.pending.pop((bad.item_id, bad.timestamp), (0, b""))
+                line = self.pending.pop((bad.item_id, bad.timestamp), Line(0, b""))
             else:
-                number, raw = batch[bad.row].line.number, batch[bad.row].line.raw
-            self._set_aside(bad.code, f"item {bad.item_id} at {bad.timestamp}: {bad.text}", number, raw)
+                line = batch[bad.row].line
+            self._set_aside(bad.code, f"item {bad.item_id} at {bad.timestamp}: {bad.text}", line)
         self._note_held(batch, rows)
-        if self.args.emit == "none":
-            return
+        if self.args.emit != "none":
+            self._emit(self._moved(touched, heads))
+        self._acknowledge()
+
+    def _moved(self, touched: Iterable[str], heads: dict[str, int]) -> list[str]:
+        """The series that a forecast is due for."""
+        predictor = self.predictor
         moved = [item for item in touched if item in predictor and predictor.head(item) > heads[item]]
         if self.args.emit == "patch":
             P = predictor.model.patch_size
             moved = [item for item in moved if predictor.head(item) // P > heads[item] // P]
-        if moved:
-            self._emit(moved)
+        return moved
 
     def _note_held(self, batch: list[Row], rows: Any) -> None:
         """Keeps the raw lines of rows that the predictor holds back, so that none is lost when it drops them."""
@@ -409,12 +452,14 @@ class Stream:
 
             name = (item, show(stamp))
             if name in held:
-                self.pending.setdefault(name, (batch[place].line.number, batch[place].line.raw))
-        self.pending = {name: raw for name, raw in self.pending.items() if name in held}
+                self.pending.setdefault(name, batch[place].line)
+        self.pending = {name: line for name, line in self.pending.items() if name in held}
 
     # ---- out --------------------------------------------------------------------------------------------------------
 
     def _emit(self, items: list[str]) -> None:
+        if not items:
+            return
         import numpy as np
         import orjson
 
@@ -422,7 +467,7 @@ class Stream:
         forecast = predictor.forecast(items, quantile_levels=self.levels)
         origins = predictor.clock.timestamp(forecast.start, -1)
         names = [str(level) for level in self.levels]
-        lines = []
+        forecasts = []
         for b, item in enumerate(items):
             origin, start = _iso(origins[b]), _iso(forecast.start[b])
             values = forecast.values[b]
@@ -442,16 +487,21 @@ class Stream:
                 "flags": sorted(forecast.flags[b]),
                 "seq": self.ticks if self.durable is None else self.durable.store.seq,
             }
-            lines.append(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
-        self.out.write(b"".join(lines))
-        self.out.flush()
+            line = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+            forecasts.append(Forecast(record["id"], item, origin, line))
+        try:
+            self.sink.send(forecasts)
+        except OSError:
+            self.unsent = True
+            raise
         self.counts["forecasts"] += len(items)
 
-    def _set_aside(self, code: str, text: str, number: int, raw: bytes) -> None:
+    def _set_aside(self, code: str, text: str, line: Line) -> None:
         self.codes[code] += 1
         if self.dead is not None:
-            shown = raw.decode("utf-8", "backslashreplace")
-            record = {"code": code, "text": text, "line": number, "raw": shown}
+            shown = line.raw.decode("utf-8", "backslashreplace")
+            place = {"entry": line.at} if line.at else {"line": line.number}
+            record = {"code": code, "text": text, **place, "raw": shown}
             self.dead.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             self.dead.flush()
         now = time.monotonic()
@@ -460,22 +510,23 @@ class Stream:
             self.log_window, self.log_count = now, 0
         self.log_count += 1
         if self.log_count <= LOG_LINES_PER_SECOND:
-            _log(f"line {number}: {code}: {text}")
+            place = {"entry": line.at} if line.at else {"line": line.number}
+            self.log(f"{line.where}: {code}: {text}", level="warning", code=code, **place)
         else:
             self.log_dropped += 1
 
     def _tell_dropped(self) -> None:
         if self.log_dropped:
-            _log(f"{self.log_dropped} more rows were set aside and not named here")
+            self.log(f"{self.log_dropped} more rows were set aside and not named here", level="warning")
             self.log_dropped = 0
 
     def _summary(self, seconds: float) -> None:
         # rows that still wait for others to agree would be forgotten without a state folder
         if self.args.state is None:
-            for (item, stamp), (number, raw) in self.pending.items():
+            for (item, stamp), line in self.pending.items():
                 text = f"item {item} at {stamp}: far ahead of its series, and the stream ended before others agreed"
                 self.counts["rejected"] += 1
-                self._set_aside("ts.jump", text, number, raw)
+                self._set_aside("ts.jump", text, line)
             self.pending = {}
         self._tell_dropped()
         counts = self.counts
@@ -483,10 +534,12 @@ class Stream:
         counts["held"] = len(self.pending)
         names = ("accepted", "missing", "duplicate", "late", "rejected", "held", "unreadable")
         parts = [f"{counts[name]} {name}" for name in names if counts[name] or name != "held"]
-        _log(
+        self.log(
             f"{counts['rows']} rows in {seconds:.1f} s: {', '.join(parts)}; {counts['gap']} absent steps, "
             f"{len(self.predictor)} series, {counts['forecasts']} forecasts"
-            + (f"; set aside: {kinds}" if kinds else "")
+            + (f"; set aside: {kinds}" if kinds else ""),
+            counts={**counts, "series": len(self.predictor), "ticks": self.ticks},
+            codes=dict(self.codes),
         )
 
     def _silence_stdout(self) -> None:
@@ -500,9 +553,9 @@ class Stream:
 
     def _install_signals(self) -> dict[int, Any]:
         def stop(number: int, frame: Any) -> None:
-            if self.stopping:
+            if self.control.stopping:
                 os._exit(130 if number == signal.SIGINT else 143)
-            self.stopping = True
+            self.control.stopping = True
 
         try:
             return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -520,42 +573,6 @@ def forecast_id(item_id: str, origin: str, revision: int, model: str) -> str:
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _replayed(name: str, predictor: Any) -> Iterator[list[Any]]:
-    """The rows of a catalogued data set, a step of all its series at a time."""
-    from tsgdn.cli.main import Misuse
-    from tsgdn.data import catalog
-
-    try:
-        dataset = catalog.load(name) if len(predictor.variates) == 1 else catalog.load(name, multivariate=True)
-    except (LookupError, ValueError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise Misuse(f"--source replay:{name}: {text}") from None
-    wrong = [
-        one for one in dataset.series if one.clock != predictor.clock or len(one.variates) != len(predictor.variates)
-    ]
-    if wrong:
-        raise Misuse(
-            f"--source replay:{name}: series {wrong[0].item_id!r} has freq {wrong[0].freq!r} and "
-            f"{len(wrong[0].variates)} variates, the model takes {predictor.freq!r} and {len(predictor.variates)}"
-        )
-
-    def rows() -> Iterator[list[Any]]:
-        number = 0
-        longest = max(map(len, dataset.series), default=0)
-        for step in range(longest):
-            batch = []
-            for one in dataset.series:
-                if step < len(one):
-                    number += 1
-                    values = one.values[:, step].tolist()
-                    stamp = one.clock.timestamp(one.start, step)[()]
-                    raw = json.dumps([one.item_id, _iso(stamp), values]).encode()
-                    batch.append(Row(Line(number, raw), one.item_id, stamp, values[0] if len(values) == 1 else values))
-            yield batch
-
-    return rows()
-
-
 def _iso(stamp: Any) -> str:
     import numpy as np
 
@@ -564,8 +581,6 @@ def _iso(stamp: Any) -> str:
 
 
 def _levels(text: str) -> tuple[float, ...]:
-    from tsgdn.cli.main import Misuse
-
     try:
         levels = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -576,8 +591,6 @@ def _levels(text: str) -> tuple[float, ...]:
 
 
 def _tick(text: str, emit: str) -> Tick:
-    from tsgdn.cli.main import Misuse
-
     if text == "auto":
         return Tick(16_384, 0.05, emit != "none")
     match = re.fullmatch(r"(\d{1,9})(ms)?", text, re.ASCII)
@@ -586,8 +599,3 @@ def _tick(text: str, emit: str) -> Tick:
     if match[2]:
         return Tick(65_536, int(match[1]) / 1000, False)
     return Tick(int(match[1]), float("inf"), False)
-
-
-def _log(text: str) -> None:
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    print(f"tsgdn stream: {shown}", file=sys.stderr, flush=True)
