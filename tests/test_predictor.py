@@ -24,7 +24,7 @@ START = np.datetime64("2024-02-27T05:00", "ns")
 P = 4
 
 
-def make_model(seed=0, *, user_features=0, static=(), freq="h", patch_size=P):
+def make_model(seed=0, *, user_features=0, static=(), freq="h", patch_size=P, width=8, depth=2):
     torch.manual_seed(seed)
     model = Forecaster(
         patch_size=patch_size,
@@ -32,8 +32,8 @@ def make_model(seed=0, *, user_features=0, static=(), freq="h", patch_size=P):
         seasons=(1, 24),
         known_features=Clock(freq).calendar_size + user_features,
         static_cardinalities=static,
-        width=8,
-        depth=2,
+        width=width,
+        depth=depth,
         mixer_args={"heads": 1, "key_dim": 8},
     )
     with torch.no_grad():
@@ -787,6 +787,19 @@ def test_calendar_frequencies_keep_their_own_grid(freq, start):
     forecast = predictor.forecast(horizon=3)
     assert (forecast.start == clock.timestamp(start, 14)).all()
     assert predictor.verify([Series("a", start, freq, walk(30))]).ok
+
+
+@pytest.mark.parametrize("freq", ["QS", "YS"])
+def test_long_steps_do_not_look_beyond_the_years_that_nanoseconds_reach(freq):
+    model = make_model(freq=freq, patch_size=1)
+    start = np.datetime64("2001-01-01", "ns")
+    predictor = StatefulPredictor(model, freq=freq)
+    predictor.warm_up(Series("a", start, freq, walk(83)))
+    late = StatefulPredictor(model, freq=freq)
+    late.observe(
+        [("a", t, float(x)) for t, x in zip(Clock(freq).timestamp(start, np.arange(83)), walk(83)[0], strict=True)]
+    )
+    assert_same_forecasts(predictor, late, horizon=4)
 
 
 def test_a_folder_says_what_it_forecasts(model, tmp_path):

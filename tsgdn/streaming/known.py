@@ -26,13 +26,17 @@ class KnownFeatures:
         features: that the model takes.
         calendar: whether the first of them are the calendar's.
         device: of the columns.
+        keep: steps before `applied` whose features are kept, since they may be streamed again.
 
     Raises:
         ValueError: the model takes fewer features than the calendar has.
     """
 
-    def __init__(self, clock: Clock, ledger: Ledger, *, features: int, calendar: bool, device: torch.device) -> None:
+    def __init__(
+        self, clock: Clock, ledger: Ledger, *, features: int, calendar: bool, device: torch.device, keep: int = 0
+    ) -> None:
         self.clock, self.calendar, self.features, self.device = clock, calendar, features, device
+        self.keep = keep
         self.user_features = features - (clock.calendar_size if calendar else 0)
         if self.user_features < 0:
             raise ValueError(
@@ -59,6 +63,12 @@ class KnownFeatures:
     def forget(self, slot: int) -> None:
         """Drops what was given for a series."""
         self._given.pop(slot, None)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Follows series to other slots."""
+        for a, b in zip(source.tolist(), target.tolist(), strict=True):
+            if a in self._given:
+                self._given[b] = self._given.pop(a)
 
     @contextmanager
     def lent(self, blocks: Mapping[int, np.ndarray]) -> Iterator[None]:
@@ -134,10 +144,18 @@ class KnownFeatures:
                 return table, origin
             if max(high, end) - min(low, origin) <= TABLE_LIMIT:
                 low, high = min(low, origin), max(high, end)
-        high += 1024
-        table = self.clock.calendar(self._grids[grid], low, high)
+        table = self._calendar_from(self._grids[grid], low, high)
         self._tables[grid] = (low, table)
         return table, low
+
+    def _calendar_from(self, start: np.datetime64, low: int, high: int) -> np.ndarray:
+        """Calendar features of [low, high) and some steps more, as far as the clock reaches."""
+        for ahead in (1024, 32):
+            try:
+                return self.clock.calendar(start, low, high + ahead)
+            except ValueError:
+                continue
+        return self.clock.calendar(start, low, high)
 
     def checked(self, item: str, block: Any) -> Float[np.ndarray, "F n"]:
         """The user's features as an array of our own; raises ValueError for a wrong shape, text or infinity."""
@@ -156,13 +174,13 @@ class KnownFeatures:
         return block
 
     def trim(self, slots: np.ndarray) -> None:
-        """Forgets what was given of steps that the model has taken in."""
+        """Forgets what was given of steps that the model has taken in and will not be given again."""
         if not self._given:
             return
         for slot in slots.tolist():
             if slot in self._given:
                 origin, block = self._given[slot]
-                used = int(self._ledger.applied[slot]) - origin
+                used = int(self._ledger.applied[slot]) - self.keep - origin
                 if used >= block.shape[1]:
                     del self._given[slot]
                 elif used > 0:

@@ -49,11 +49,40 @@ class StatePool:
         """Slots for new series, lowest first, all zeros."""
         while len(self._free) < count:
             size = max(self._first, self.capacity // 2, count - len(self._free))
-            self._slabs.append(self._empty(size))
             for slot in range(self.capacity, self.capacity + size):
                 heapq.heappush(self._free, slot)
-            self._edges = np.append(self._edges, self.capacity + size)
+            self.grow(self.capacity + size)
         return np.fromiter((heapq.heappop(self._free) for _ in range(count)), np.int64, count)
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for so many slots and hands out none: for a pool that follows the slots of another."""
+        if capacity > self.capacity:
+            self._slabs.append(self._empty(capacity - self.capacity))
+            self._edges = np.append(self._edges, capacity)
+
+    def shrink(self, capacity: int) -> None:
+        """Gives back the slabs that lie wholly at or beyond `capacity`; nobody may own their slots."""
+        while self._slabs and self._edges[-2] >= capacity:
+            self._slabs.pop()
+            self._edges = self._edges[:-1]
+        self._free = [slot for slot in self._free if slot < self.capacity]
+        heapq.heapify(self._free)
+
+    def moves(self) -> tuple[Slots, Slots]:
+        """Which slots would move where if the highest used ones filled the holes below them."""
+        free = np.zeros(self.capacity, bool)
+        free[self._free] = True
+        used = int((~free).sum())
+        return np.flatnonzero(~free[used:]) + used, np.flatnonzero(free[:used])
+
+    def move(self, source: Slots, target: Slots) -> None:
+        """Moves rows to free slots; those they leave are free and empty afterwards."""
+        if len(source):
+            self.put(target, map_state(torch.clone, self.take(source)))
+            self.clear(source)
+        taken = set(target.tolist())
+        self._free = [slot for slot in self._free if slot not in taken] + source.tolist()
+        heapq.heapify(self._free)
 
     def release(self, slots: Slots) -> None:
         """Takes slots back and forgets what was in them."""
@@ -119,9 +148,9 @@ def _index(leaf: Tensor, rows: np.ndarray) -> Tensor:
 class Ledger:
     """What the host knows of each series without asking the model: its clock and its last cells.
 
-    `recent` is a ring: the cell of step s lies at s modulo its length of two patches. The steps from `applied` to
-    `head` are in the ring only; they reach the model when their patch is finished, so that a row inside a patch costs
-    no model call.
+    `recent` is a ring: the cell of step s lies at s modulo its length of at least two patches. The steps from `applied`
+    to `head` are in the ring only; they reach the model when their patch is finished, so that a row inside a patch
+    costs no model call.
 
     Attributes:
         start: timestamp of step 0, UTC.
@@ -130,11 +159,15 @@ class Ledger:
         head: steps seen, valued or not = the next step.
         applied: steps that the model's state has taken in.
         values: how many values were observed, over all variates.
-        recent: (slots, V, 2P) values, NaN where missing.
-        told: (slots, V, 2P) whether someone spoke for the cell, if only to say that it is missing.
+        recent: (slots, V, ring) values, NaN where missing.
+        told: (slots, V, ring) whether someone spoke for the cell, if only to say that it is missing.
+        used: number of the latest call that observed the series.
+        serial: number of the series among all that were ever created: a slot may have had other owners.
     """
 
-    FIELDS = ("start", "grid", "offset", "head", "applied", "values", "recent", "told")
+    FIELDS = ("start", "grid", "offset", "head", "applied", "values", "recent", "told", "used", "serial")
+    SAVED = ("start", "head", "applied", "values", "recent", "told")
+    """Those that make the series; the others follow from them or belong to one process."""
 
     def __init__(self, variates: int, ring: int) -> None:
         self.ring = ring
@@ -146,12 +179,14 @@ class Ledger:
         self.values = np.zeros(0, np.int64)
         self.recent = np.zeros((0, variates, ring), np.float64)
         self.told = np.zeros((0, variates, ring), bool)
+        self.used = np.zeros(0, np.int64)
+        self.serial = np.zeros(0, np.int64)
 
     @property
     def bytes_per_slot(self) -> int:
         """Bytes of notes per series."""
         variates = self.recent.shape[1]
-        return 6 * 8 + variates * self.ring * 9
+        return 8 * 8 + variates * self.ring * 9
 
     def grow(self, capacity: int) -> None:
         """Makes room for so many slots."""
@@ -161,6 +196,11 @@ class Ledger:
                 new = np.zeros((capacity, *old.shape[1:]), old.dtype)
                 new[: len(old)] = old
                 setattr(self, name, new)
+
+    def shrink(self, capacity: int) -> None:
+        """Gives back the room beyond so many slots."""
+        for name in self.FIELDS:
+            setattr(self, name, getattr(self, name)[:capacity].copy())
 
     def clear(self, slots: Slots) -> None:
         """Forgets the series at these slots."""
@@ -178,7 +218,7 @@ class Ledger:
             getattr(self, name)[slots] = rows[name]
 
     def cells(self, slots: Slots, first: np.ndarray, steps: int) -> np.ndarray:
-        """The ring's values (B, V, steps) of the steps from `first` (B,) on; at most 2P of them."""
+        """The ring's values (B, V, steps) of the steps from `first` (B,) on; at most the ring's length."""
         places = (first[:, None] + np.arange(steps)) % self.ring
         return np.take_along_axis(self.recent[slots], places[:, None, :], axis=2)
 
@@ -189,7 +229,7 @@ class Ledger:
         self.told[slots, :, places] = told
 
     def write_run(self, slot: int, first: int, values: np.ndarray, told: np.ndarray) -> None:
-        """Writes consecutive cells (V, n) of one series from step `first` on; the last 2P remain."""
+        """Writes consecutive cells (V, n) of one series from step `first` on; what the ring holds remains."""
         skip = max(0, values.shape[1] - self.ring)
         places = np.arange(first + skip, first + values.shape[1]) % self.ring
         self.recent[slot][:, places] = values[:, skip:]

@@ -288,6 +288,18 @@ def _value_problem(cell: Any) -> tuple[str, str] | None:
     return None
 
 
+def read_stamp(time: Any) -> np.datetime64:
+    """One time, as UTC.
+
+    Raises:
+        ValueError: it is no time, or one that nanoseconds do not reach.
+    """
+    parsed = _parse_stamp(time)
+    if isinstance(parsed, tuple):
+        raise ValueError(parsed[1])
+    return np.datetime64(parsed, "ns")
+
+
 def _parse_stamp(stamp: Any) -> int | tuple[str, str]:
     """Nanoseconds since 1970 UTC, or the code and text of what is wrong."""
     if hasattr(stamp, "to_datetime64") and getattr(stamp, "tzinfo", None) is None:

@@ -16,7 +16,9 @@ CENTURIES = np.timedelta64(290 * 365, "D")  # int64 nanoseconds reach 292 years
 
 
 class ObserveReport(NamedTuple):
-    """What became of the rows of a call; the first five and `held` add up to their number.
+    """What became of the rows of a call.
+
+    `accepted`, `missing`, `duplicate`, `late`, `rejected`, `held` and `revised` add up to their number.
 
     Attributes:
         accepted: rows with a value that the state has taken in, or will when their patch is full.
@@ -28,6 +30,7 @@ class ObserveReport(NamedTuple):
         held: rows far ahead of their series' clock that wait for two more to agree with them.
         first: per code the item, timestamp and text of the first row set aside.
         set_aside: all of them.
+        revised: late or corrected rows within the late window; the state is as if they had come in order.
     """
 
     accepted: int = 0
@@ -39,6 +42,7 @@ class ObserveReport(NamedTuple):
     first: dict[str, tuple[str, str, str]] = {}  # noqa: RUF012  # never written to
     held: int = 0
     set_aside: tuple[Rejection, ...] = ()
+    revised: int = 0
 
 
 class Held(NamedTuple):
@@ -59,6 +63,7 @@ class Books(NamedTuple):
         capacity: slots there are.
         held: rows that wait for others to agree with them.
         registered: series that may come though unknown.
+        window: the first step of a slot whose cell may still be revised; none if not given.
     """
 
     slots: Mapping[str, int]
@@ -66,6 +71,7 @@ class Books(NamedTuple):
     capacity: int
     held: Mapping[str, list[Held]]
     registered: Set[str]
+    window: Callable[[int], int] | None = None
 
 
 class Plan:
@@ -79,10 +85,12 @@ class Plan:
         self.created: dict[str, np.datetime64] = {}
         self.tick: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # keys, steps, values (B, V)
         self.runs: list[tuple[int, np.ndarray, np.ndarray]] = []  # key, steps (n,), values (n, V)
-        self.fills: list[tuple[int, int, np.ndarray]] = []  # key, step, values (V,)
+        self.fills: list[tuple[int, int, np.ndarray]] = []  # key, step, values (V,), NaN where nothing changes
         self.held: dict[str, list[Held]] = {}  # replaces what is held of these items
-        self.accepted = self.duplicate = self.missing = self.gap = self.holding = 0
+        self.evicted = 0  # how many series make room for those created
+        self.accepted = self.duplicate = self.missing = self.gap = self.holding = self.revised = 0
         self.touched: list[str] = []
+        self.known = np.zeros(0, np.int64)  # slots of series that rows came for
 
 
 class Judge:
@@ -94,13 +102,24 @@ class Judge:
         max_jump: steps that a series may leave out at once.
         max_series: how many there may be.
         create: whether unknown series are welcome.
+        replace: whether another value for a cell within the late window takes the place of the first.
+        evict: whether series that are not in the call make room for new ones.
     """
 
     def __init__(
-        self, clock: Clock, variates: tuple[str, ...], *, max_jump: int, max_series: int | None, create: bool
+        self,
+        clock: Clock,
+        variates: tuple[str, ...],
+        *,
+        max_jump: int,
+        max_series: int | None,
+        create: bool,
+        replace: bool = False,
+        evict: bool = False,
     ) -> None:
         self.clock, self.variates = clock, variates
         self.max_jump, self.max_series, self.create = max_jump, max_series, create
+        self.replace, self.evict = replace, evict
 
     def __call__(self, rows: Rows, books: Books) -> Plan:
         """What to do about each row; nothing is changed."""
@@ -110,6 +129,7 @@ class Judge:
         plan.touched = list(dict.fromkeys(rows.item_ids))
         get = books.slots.get
         keys = np.fromiter((get(item, -1) for item in rows.item_ids), np.int64, count)
+        plan.known = keys[keys >= 0]
         keep = np.ones(count, bool)
 
         def refuse(i: int, code: str, text: str) -> None:
@@ -187,7 +207,10 @@ class Judge:
         refuse: Callable[[int, str, str], None],
     ) -> None:
         """Gives keys to the rows of series that will be created, and refuses the others."""
-        room = None if self.max_series is None else self.max_series - len(books.slots)
+        staying = len(books.slots)
+        if self.evict and self.max_series is not None:
+            staying = sum(item in books.slots for item in plan.touched)
+        room = None if self.max_series is None else self.max_series - staying
         possible = self.clock.on_grid(rows.stamps[unknown])
         numbers: dict[str, int] = {}
         starts: list[np.datetime64] = []
@@ -208,6 +231,8 @@ class Judge:
                     starts[number] = stamp
                 keys[i] = books.capacity + number
         plan.created = dict(zip(numbers, starts, strict=True))
+        if self.evict and self.max_series is not None:
+            plan.evicted = max(0, len(books.slots) + len(numbers) - self.max_series)
 
     def _judge(self, rows: Rows, key: int, index: list[int], steps: list[int], plan: Plan, books: Books) -> None:
         """The verdicts on one series' rows, sorted by step, where not all of them simply go on."""
@@ -215,6 +240,7 @@ class Judge:
         item = rows.item_ids[index[0]]
         old_head = head = int(ledger.head[key]) if known else 0
         applied = int(ledger.applied[key]) if known else 0
+        window = None if books.window is None else books.window(key) if known else 0
         run: dict[int, np.ndarray] = {}
         spoke: dict[int, np.ndarray] = {}
         fills: dict[int, np.ndarray] = {}
@@ -254,21 +280,27 @@ class Judge:
             given = ~np.isnan(values)
             differs = given & spoken & ~np.isnan(seen) & (values != seen)
             belated = given & ((spoken & np.isnan(seen)) | (~spoken & (step < applied)))
-            if differs.any():
+            may_revise = window is not None and step >= window
+            if differs.any() and not (may_revise and self.replace):
                 v = int(differs.argmax())
                 text = f"{self.variates[v]} was {seen[v]:g} before and is {values[v]:g} now: the first one stays"
                 set_aside(row, stamp, "ts.conflict", text)
-            elif belated.any():
+                return
+            if belated.any() and not may_revise:
                 set_aside(row, stamp, "ts.late", "the step has passed as missing: state untouched")
-            elif (given & ~spoken).any():
-                plan.accepted += 1
-                if step in run:
-                    run[step][given], spoke[step][given] = values[given], True
-                else:
-                    new = np.where(spoken, np.nan, values)
-                    fills[step] = np.where(np.isnan(new), fills.get(step, new), new)
-            else:
+                return
+            changed = differs | belated | (given & ~spoken)
+            if not changed.any():
                 plan.duplicate += 1
+                return
+            if differs.any() or belated.any():
+                plan.revised += 1
+            else:
+                plan.accepted += 1
+            if step in run:
+                run[step][changed], spoke[step][changed] = values[changed], True
+            else:
+                fills[step] = np.where(changed, values, fills.get(step, np.nan))
 
         for i, step in zip(index, steps, strict=True):
             values, stamp, row = rows.values[i], rows.stamps[i], int(rows.places[i])
@@ -310,4 +342,5 @@ def joined(a: ObserveReport, b: ObserveReport) -> ObserveReport:
     return ObserveReport(
         a.accepted + b.accepted, a.duplicate + b.duplicate, a.late + b.late, a.gap + b.gap, a.missing + b.missing,
         a.rejected + b.rejected, {**b.first, **a.first}, a.held + b.held, a.set_aside + b.set_aside,
+        a.revised + b.revised,
     )  # fmt: skip
