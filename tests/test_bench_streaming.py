@@ -31,7 +31,7 @@ def results(tmp_path):
 @pytest.fixture
 def quickly(monkeypatch):
     """Models of the smallest size, one cycle of each kind."""
-    monkeypatch.setattr(latency, "WIDTH", 8)
+    monkeypatch.setattr(latency, "WIDTH", 16)  # narrower ones are refused by exact=True
     monkeypatch.setattr(latency, "DEPTH", 1)
     monkeypatch.setattr(latency, "LEAST", 1)
 
@@ -115,7 +115,7 @@ def test_a_small_run_writes_what_it_measured_and_resumes(results, quickly, capsy
         }
     for line in written:
         assert float(line["value"]) > 0
-        assert line["config"].startswith("8x1 horizon 24 threads 1")
+        assert line["config"].startswith("16x1 horizon 24 threads 1")
     find = {tuple(line[k] for k in (*KEYS, "metric")): line for line in plain}
     inside = find["gated_deltanet", "cpu", "observe_arrays", "3", "inside", "32", "us"]
     call = find["gated_deltanet", "cpu", "observe_arrays", "3", "inside", "32", "p50_us"]

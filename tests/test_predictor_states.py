@@ -439,9 +439,9 @@ class Interleaved(RuleBasedStateMachine):
         here = digest(self.predictor)
         try:
             self.predictor.rewind([item], stamp(head - 1))
-        except ValueError:  # further back than the anchors reach, or than the series
+        except ValueError:  # further back than anchors reach; a rewind drops some
             assert back > 0
-            assert head <= first or back > P
+            assert head <= first or back > P or head < self.rewound.get(item, 0)
             assert digest(self.predictor) == here
             return
         assert head > first
@@ -513,4 +513,4 @@ def test_random_interleavings_leave_what_one_feed_in_order_leaves():
 
 @pytest.mark.slow
 def test_many_random_interleavings_leave_what_one_feed_in_order_leaves():
-    run_state_machine_as_test(Interleaved, settings=settings(max_examples=300, stateful_step_count=40))
+    run_state_machine_as_test(Interleaved, settings=settings(max_examples=60, stateful_step_count=25))
