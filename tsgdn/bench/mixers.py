@@ -90,7 +90,7 @@ def accuracy(
         score,
         results=results,
         root=root,
-        origin=provenance(),
+        origin=provenance("cuda" if torch.cuda.is_available() else "cpu"),  # where Lightning fits
         sizes=sizes,
         workers=workers,
         options=options,
