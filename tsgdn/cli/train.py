@@ -27,10 +27,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from tsgdn.cli.main import Misuse
-from tsgdn.cli.model import read_checkpoint
+from tsgdn.cli.model import read_checkpoint, save_certified
 from tsgdn.data import catalog
 from tsgdn.data.module import ForecastDataModule, resolve
-from tsgdn.model.artefact import save
 from tsgdn.training.module import ForecastModule
 
 # Advice of the libraries that a user can do nothing about; the last two: jsonargparse 5 drops what Lightning 2.6 calls.
@@ -290,4 +289,4 @@ def save_model(module: ForecastModule, folder: Path) -> Path:
     bad = [name for name, p in module.model.named_parameters() if not math.isfinite(float(p.detach().abs().sum()))]
     if bad:
         raise RuntimeError(f"{bad[0]} is not finite after training; lower model.lr")
-    return save(module.model, folder, series=info)
+    return save_certified(module.model, folder, info)
