@@ -165,7 +165,7 @@ def test_a_half_life_halves_weights_by_observed_values() -> None:
     observed = batch.observed.unflatten(-1, (-1, P))
     start = torch.zeros(1, dtype=torch.int64)
     views, _ = memory(values, observed, start, memory.initial_state(1, 1))
-    scales, state = scaler(values, observed, views.predecessors, views.has_predecessor, scaler.initial_state(1, 1))
+    scales, _, state = scaler(values, observed, views.predecessors, views.has_predecessor, scaler.initial_state(1, 1))
     seen = batch.values[batch.observed].numpy()
     weight = 2.0 ** (-np.arange(len(seen))[::-1] / half_life)
     mean = (weight * seen).sum() / weight.sum()

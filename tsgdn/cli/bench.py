@@ -1,4 +1,5 @@
-"""`tsgdn bench QUESTION`: gluonts (accuracy), mixers (all side by side), kernels, latency, memory.
+"""`tsgdn bench QUESTION`: gluonts (accuracy), mixers (all side by side), kernels, latency, memory,
+online (accuracy along a stream), retention.
 
 All are resumable and append rows to a CSV.
 """
@@ -15,7 +16,9 @@ HEADLINE = "etth1,us_births,m4_hourly,exchange_rate_nips"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tsgdn bench`, by question."""
-    questions = parser.add_subparsers(dest="question", required=True, metavar="gluonts|mixers|kernels|latency|memory")
+    questions = parser.add_subparsers(
+        dest="question", required=True, metavar="gluonts|mixers|kernels|latency|online|memory|retention"
+    )
     gluonts = questions.add_parser("gluonts", help="accuracy of every mixer on published windows")
     gluonts.add_argument("--tasks", default=HEADLINE, help=f"evaluation cells with a preset (default {HEADLINE})")
     gluonts.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
@@ -64,10 +67,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--flat", default="1", help="numbers of series for which the two are compared")
     latency.add_argument("--seconds", type=float, default=3.0, help="given to each kind of call")
 
+    online = questions.add_parser("online", help="accuracy along a stream, without a leak, beside persistence")
+    online.add_argument("--tasks", help="names, comma-separated (all)")
+    online.add_argument("--horizons", default="1,24,48", help="those of the protocol")
+    online.add_argument("--mixers", default="gated_deltanet,mamba2", help="names, comma-separated")
+    online.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
+    online.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are fitted and streamed")
+    online.add_argument("--workers", type=int, default=1, help="fits at a time, one thread each")
+    online.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="over the task's recipe")
+    online.add_argument(
+        "--results", type=Path, default=Path("experiments/streaming/online_results.csv"), help="CSV to append to"
+    )
+    online.add_argument("--root", type=Path, default=Path("runs/online"), help="folder of the fits")
+    online.add_argument("--report", action="store_true", help="measure nothing: draw the pictures")
+
     memory = questions.add_parser("memory", help="bytes per series, and whether they grow over many observations")
     memory.add_argument("--streams", default="1000,10000,50000", help="growing numbers of series, comma-separated")
     memory.add_argument("--soak", type=int, default=1_000_000, help="observations of the soak; 0 = none")
     memory.add_argument("--soak-streams", type=int, default=1000, help="series of the soak")
+
+    _retention_arguments(questions.add_parser("retention", help="what a state keeps of a rarely seen regime"))
 
     for each in (latency, memory):
         each.add_argument("--mixers", default="gated_deltanet", help="names, comma-separated")
@@ -82,10 +101,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _retention_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=["smoke", "paper"], default="smoke", help="smoke: minutes, not evidence")
+    parser.add_argument("--tasks", help="of T1 to T9, T2e, T9b, comma-separated (those of the preset)")
+    parser.add_argument("--mixers", help="names, comma-separated (those of the preset)")
+    parser.add_argument("--state-bytes", metavar="KIB", help="KiB of state per layer: 1, 4, 16, 64 (the preset's)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="report seeds 0 to N-1 (the preset's)")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps, for all mixers alike (the preset's)")
+    parser.add_argument("--out", type=Path, help="folder that holds all, to go on from (runs/retention-PRESET)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop in time; the same command goes on")
+    parser.add_argument("--plan", action="store_true", help="time some steps, print cells and pieces, train nothing")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the plan")
+    parser.add_argument("--replicas", type=int, default=16, metavar="N", help="most trainings side by side")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that make data (GPU: all cores; CPU: none)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are trained")
+    parser.add_argument("--json", action="store_true", help="print counts and paths as JSON")
+
+
 def run(args: argparse.Namespace) -> int:
     """Measures what has no rows yet; exit 1 if a cell failed."""
     questions = {"kernels": _kernels, "mixers": _mixers, "gluonts": _gluonts, "latency": _latency, "memory": _memory}
+    questions["online"] = _online
+    questions["retention"] = _retention
     return questions[args.question](args)
+
+
+def _online(args: argparse.Namespace) -> int:
+    import torch
+
+    from tsgdn.bench import online, online_plot
+    from tsgdn.bench.mixers import systems
+    from tsgdn.data.catalog import DataNotFound, online_tasks
+
+    tasks = _chosen("--tasks", args.tasks, tuple(online_tasks()))
+    horizons = sorted(set(_numbers("--horizons", args.horizons)))
+    if args.report:
+        found = online_plot.plot(args.root, tasks, args.results.parent, horizons)
+        if not found:
+            raise Misuse(f"--root {args.root}: no streams to draw; measure them first")
+        for path in found:
+            print(f"picture: {path}", file=sys.stderr)
+        return 0
+    mixers, seeds = _chosen("--mixers", args.mixers, systems()), _seeds(args.seeds)
+    _workers(args.workers)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Misuse("there is no CUDA device to fit on; leave --device out")
+    given = {"results": args.results, "root": args.root, "horizons": horizons, "device": args.device}
+    try:
+        failed = online.run(tasks, mixers, seeds, workers=args.workers, options=args.set, **given)
+    except (DataNotFound, ValueError) as error:
+        raise Misuse(str(error)) from error
+    return 1 if failed else 0
 
 
 def _gluonts(args: argparse.Namespace) -> int:
@@ -257,6 +323,58 @@ def _memory(args: argparse.Namespace) -> int:
         resume=args.resume,
     )
     return 1 if failed else 0
+
+
+def _retention(args: argparse.Namespace) -> int:
+    import json
+    import os
+
+    import torch
+
+    from tsgdn.bench.matching import regime_sizes
+    from tsgdn.bench.retention import cells, run
+    from tsgdn.data.retention import TASKS
+    from tsgdn.mixers import MIXERS
+    from tsgdn.model.backbone import BACKBONES
+
+    tasks = None if args.tasks is None else _chosen("--tasks", args.tasks, tuple(TASKS))
+    mixers = None if args.mixers is None else _chosen("--mixers", args.mixers, (*MIXERS, *BACKBONES))
+    sizes = None if args.state_bytes is None else _numbers("--state-bytes", args.state_bytes)
+    for option, number in (("--seeds", args.seeds), ("--steps", args.steps), ("--replicas", args.replicas)):
+        if number is not None:
+            _at_least_one(option, number)
+    if args.budget is not None and not args.budget > 0:
+        raise Misuse(f"--budget {args.budget:g}: expected seconds above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Misuse("there is no CUDA device to train on; leave --device out")
+    preset = cells.with_steps(cells.PRESETS[args.preset], args.steps)
+    entries = cells.plan(preset, tasks=tasks, mixers=mixers, sizes=sizes, seeds=args.seeds, shard=_shard(args.shard))
+    for unit in dict.fromkeys(entry.unit for entry in entries):
+        try:
+            regime_sizes(unit.mixer, state_kib=unit.state_kib, depth=unit.depth, init=unit.init)
+        except ValueError as error:
+            raise Misuse(str(error)) from error
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = args.workers if args.workers is not None else cores if args.device == "cuda" else 0
+    out = args.out or Path("runs") / f"retention-{args.preset}"
+    options = run.Options(preset, entries, out, args.device, args.budget, workers, args.replicas)
+    if args.plan:
+        found = run.estimate(options)
+        print(json.dumps(found) if args.json else run.table(found))
+        return 0
+    done = run.run(options)
+    if args.json:
+        print(json.dumps(done))
+    elif done["report"]:
+        print(done["report"])
+    return 1 if done["failed"] or done["checks_failed"] else 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise Misuse(f"--shard {text}: expected I/N with I from 1 to N, as in 2/4")
+    return int(part) - 1, int(parts)
 
 
 def _streaming_mixers(args: argparse.Namespace) -> list[str]:

@@ -275,6 +275,79 @@ def task(name: str) -> Task:
     return tasks().get(name) or _unknown(name, tuple(tasks()), "task")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnlineTask:
+    """A set that is streamed: every window of its test rows at stride 1, scored on z-scores.
+
+    The first target row of each horizon is the first test row, and the last window ends with the last one; what a model
+    may look back on is everything before, without limit.
+
+    Attributes:
+        name: of the set and of the protocol.
+        dataset: its name in the catalogue.
+        train: rows that weights, mean and standard deviation (ddof 0) come from.
+        validation: rows after them that choices are made by.
+        test: rows after those.
+        seasonality: m of the seasonal naive.
+        protocol: whose split it is.
+    """
+
+    name: str
+    dataset: str
+    train: tuple[int, int]
+    validation: tuple[int, int]
+    test: tuple[int, int]
+    seasonality: int
+    protocol: str
+
+    def series(self) -> Series:
+        """All rows up to the end of the test part, as one series of all variates, in the unit of the set.
+
+        Raises:
+            DataNotFound: the data is not here.
+        """
+        (whole,) = load(self.dataset, multivariate=True).series
+        return _cut(whole, self.test[1], self.test[1])
+
+
+_DSOF = "DSOF (ICLR 2025), the split of FSNet and OneNet"
+_ONLINE = {
+    # ETT: 4 and 1 months, then 15; others: 20, 5 and 75 % of the rows
+    "etth1_dsof": ("etth1", 2880, 3600, 14400, 24, _DSOF),
+    "ettm1_dsof": ("ettm1", 11520, 14400, 57600, 96, _DSOF),
+    "wth_dsof": ("wth", 7012, 8766, 35064, 24, _DSOF),
+    "exchange_rate_dsof": ("exchange_rate", 1517, 1897, 7588, 5, _DSOF),
+    # 60, 10 and 30 % of all rows
+    "etth1_adaptz": ("etth1", 10452, 12194, 17420, 24, "ADAPT-Z"),
+}
+
+
+@cache
+def online_tasks() -> dict[str, OnlineTask]:
+    """The sets that are streamed, by name."""
+    return {
+        name: OnlineTask(
+            name=name,
+            dataset=dataset,
+            train=(0, train),
+            validation=(train, begin),
+            test=(begin, end),
+            seasonality=m,
+            protocol=protocol,
+        )
+        for name, (dataset, train, begin, end, m, protocol) in _ONLINE.items()
+    }
+
+
+def online_task(name: str) -> OnlineTask:
+    """One set that is streamed.
+
+    Raises:
+        KeyError: there is no such task.
+    """
+    return online_tasks().get(name) or _unknown(name, tuple(online_tasks()), "online task")
+
+
 def _unknown(name: str, known: Sequence[str], what: str) -> Any:
     near = difflib.get_close_matches(name, known, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`tsgdn data list` shows all sets, `describe` their tasks"

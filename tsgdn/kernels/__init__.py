@@ -1,7 +1,7 @@
 """Tensors in, tensors out: the ops with state that the mixers are made of."""
 
 from tsgdn.kernels.causal_conv import causal_conv
-from tsgdn.kernels.choice import kernel_for
+from tsgdn.kernels.choice import kernel_for, without_autocast
 from tsgdn.kernels.gated_delta_rule import Readout, gated_delta_rule
 from tsgdn.kernels.prologue import prologue, silence, within
 from tsgdn.kernels.readout import readout
@@ -19,4 +19,5 @@ __all__ = [
     "ssd",
     "unit_length",
     "within",
+    "without_autocast",
 ]

@@ -2,8 +2,9 @@
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,13 @@ except ModuleNotFoundError:
     HAS_TRITON = False
 TESTED = ((9, 0),)
 """Compute capabilities on which the Triton kernels have passed `make test-gpu`."""
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """`torch.autocast(enabled=False)`; nothing where autocast is off, since entering it costs more than small ops."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:

@@ -1,5 +1,7 @@
 """What a Gated DeltaNet layer does between its projections and its memory: short convolution, SiLU, gates."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Real, Shaped
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from tsgdn.kernels.causal_conv import causal_conv
 from tsgdn.kernels.choice import kernel_for
+from tsgdn.kernels.replicas import rowwise
 
 
 def within(lengths: Int[Tensor, " R"], tokens: int) -> Bool[Tensor, "R N"]:
@@ -81,13 +84,19 @@ def prologue(
 
         if not decay:
             A_log = dt_bias = rate = None
-        return fused_prologue(
-            inputs, raw, conv_weight, conv_bias, A_log, dt_bias, rate, tail, write, gap, lengths, heads, float(beta_max)
+
+        return rowwise(
+            partial(fused_prologue, heads=heads, beta_max=float(beta_max)),
+            (inputs, raw, tail, write, gap, lengths),
+            (conv_weight, conv_bias, A_log, dt_bias, rate),
         )
 
-    beta = torch.sigmoid(raw[..., :heads]) * beta_max
-    log_decay = torch.zeros_like(beta)
-    if decay and A_log is not None and dt_bias is not None:
+    beta = torch.sigmoid(raw[..., :heads])
+    if beta_max != 1:
+        beta = beta * beta_max
+    if not decay or A_log is None or dt_bias is None:
+        log_decay = torch.zeros_like(beta)
+    else:
         log_decay = -A_log.exp() * F.softplus(raw[..., heads:] + dt_bias)
         if gap is not None and rate is not None:
             log_decay = log_decay + silence(gap, rate)

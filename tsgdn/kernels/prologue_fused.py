@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tsgdn.kernels.layout import dense_last, power_of_two
 from tsgdn.kernels.pointwise import sigmoid, silu, softplus
+from tsgdn.kernels.replicas import shares
 
 STEPS = 4
 """Tokens that a backward program loads before it works on them."""
@@ -380,7 +381,8 @@ def _plain(x: Tensor | None) -> Tensor | None:
 
 def _sizes(conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor | None, heads: Any) -> tuple[Any, Any, Any]:
     """Sums over tokens: of the taps, of the bias, of the gates; symbols while torch traces, else whole numbers."""
-    return conv_weight.numel(), 0 if conv_bias is None else conv_bias.numel(), 0 if A_log is None else 3 * heads
+    channels, taps = conv_weight.shape[-2:]
+    return channels * taps, 0 if conv_bias is None else channels, 0 if A_log is None else 3 * heads
 
 
 @torch.library.custom_op("tsgdn::prologue", mutates_args=())
@@ -399,27 +401,40 @@ def prologue_op(
     heads: int,
     beta_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mixed inputs (R, N, C), beta and log_decay (R, N, H) and the end tail (R, W - 1, C), these float32."""
+    """The mixed inputs (R, N, C), beta and log_decay (R, N, H) and the end tail (R, W - 1, C), these float32.
+
+    Parameters are one set for all rows, or all of them sets (P, ...) that R / P rows share each: one launch per set,
+    since a set's rows fill a GPU and its sums stay apart.
+    """
     mixed, beta, log_decay, end = _outputs(inputs, conv_weight, heads)
     rows, tokens, channels = inputs.shape
     if not inputs.numel():
         if tail is not None:
             end.copy_(tail)
         return mixed, beta, log_decay, end if tail is not None else end.zero_()
-    inputs, taps = dense_last(inputs), conv_weight.shape[1]
+    inputs, taps = dense_last(inputs), conv_weight.shape[-1]
     # A single token per row leaves nothing to share between tokens.
     block = 1 if tokens == 1 else 32
     width = min(1024 if tokens == 1 else 128, power_of_two(channels, 1))
     blocks, across = -(-tokens // block), -(-channels // width)
+    rows //= _sets(conv_weight)
     tiles, gates = rows * blocks * across, max(1, 1024 // power_of_two(heads, 1))
-    prologue_kernel[(tiles + -(-rows * tokens // gates),)](  # pyright: ignore
-        inputs, _plain(raw), _plain(conv_weight), _plain(conv_bias), _plain(A_log), _plain(dt_bias), _plain(rate),
-        _plain(tail), _plain(write), _plain(gap), _plain(lengths), mixed, beta, log_decay, end,
-        beta_max, tokens, blocks, tiles, rows * tokens, inputs.stride(0), inputs.stride(1),
-        C=channels, H=heads, W=taps, BN=block, BC=width, CB=across, BT=gates, BH=power_of_two(heads, 1),
-        num_warps=4, num_stages=1,  # pyright: ignore
-    )  # fmt: skip
+    streams = (*map(_plain, (raw, tail, write, gap, lengths)), mixed, beta, log_decay, end)
+    parameters = list(map(_plain, (conv_weight, conv_bias, A_log, dt_bias, rate)))
+    for (x, *given), of_set in shares((inputs, *streams), parameters, 2):
+        raw_here, *data, mixed_here, beta_here, decay_here, end_here = given
+        launch: Any = prologue_kernel[(tiles + -(-rows * tokens // gates),)]
+        launch(
+            x, raw_here, *of_set, *data, mixed_here, beta_here, decay_here, end_here,
+            beta_max, tokens, blocks, tiles, rows * tokens, inputs.stride(0), inputs.stride(1),
+            C=channels, H=heads, W=taps, BN=block, BC=width, CB=across, BT=gates, BH=power_of_two(heads, 1),
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
     return mixed, beta, log_decay, end
+
+
+def _sets(conv_weight: Tensor) -> Any:
+    return conv_weight.shape[0] if conv_weight.dim() == 3 else 1
 
 
 def _outputs(inputs: Tensor, conv_weight: Tensor, heads: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -429,7 +444,7 @@ def _outputs(inputs: Tensor, conv_weight: Tensor, heads: Any) -> tuple[Tensor, T
         inputs.new_empty((rows, tokens, channels)),
         beta,
         torch.empty_like(beta),
-        beta.new_empty((rows, conv_weight.shape[1] - 1, channels)),
+        beta.new_empty((rows, conv_weight.shape[-1] - 1, channels)),
     )
 
 
@@ -461,41 +476,47 @@ def prologue_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of inputs, raw and tail (empty unless wanted), and the float32 sums of the parameters side by side.
 
-    The sums are those of conv_weight (C, W), conv_bias, A_log, dt_bias and rate, in this order.
+    The sums are those of conv_weight (C, W), conv_bias, A_log, dt_bias and rate, in this order; one row per set.
     """
     of_taps, of_bias, of_gates = _sizes(conv_weight, conv_bias, A_log, heads)
     dx, draw, dtail, sums = _gradients(inputs, raw, conv_weight, of_taps + of_bias + of_gates, want_tail)
     rows, tokens, channels = inputs.shape
     if not inputs.numel():
         return dx, draw, dtail.zero_() if dend is None or not want_tail else dend.clone(), sums.zero_()
-    inputs, taps, total = dense_last(inputs), conv_weight.shape[1], sums.numel()
+    inputs, (sets, total), taps = dense_last(inputs), sums.shape, conv_weight.shape[-1]
+    rows //= sets
     plan = _plan(rows, tokens, channels, taps, inputs.element_size() > 2)
-    partial = sums.new_empty((plan.parts, total))
+    partial = sums.new_empty((sets, plan.parts, total))
     walks = plan.parts * plan.blocks
-    prologue_backward_kernel[(walks + plan.parts,)](  # pyright: ignore
-        inputs, _plain(raw), _plain(conv_weight), _plain(conv_bias), _plain(A_log), _plain(dt_bias), _plain(rate),
-        _plain(tail), _plain(write), _plain(gap), _plain(lengths),
-        _plain(dmixed), _plain(dbeta), _plain(dlog_decay), _plain(dend) if taps > 1 else None,
-        dx, draw, dtail if want_tail and taps > 1 else None, partial,
-        beta_max, tokens, rows * plan.spans, plan.per, plan.spans, plan.span, walks, rows * tokens,
-        -(-rows * tokens // plan.parts), total, of_taps + of_bias, inputs.stride(0), inputs.stride(1),
-        C=channels, H=heads, W=taps, BC=plan.width, CB=plan.blocks, U=STEPS,
-        BT=max(1, 256 // power_of_two(heads, 1)), BH=power_of_two(heads, 1),
-        num_warps=1, num_stages=1,  # pyright: ignore
+    streams = (
+        *map(_plain, (raw, tail, write, gap, lengths, dmixed, dbeta, dlog_decay, dend if taps > 1 else None)),
+        dx, draw, dtail if want_tail and taps > 1 else None,
     )  # fmt: skip
-    return dx, draw, dtail, partial.sum(0)
+    parameters = list(map(_plain, (conv_weight, conv_bias, A_log, dt_bias, rate)))
+    parts = shares((inputs, *streams), parameters, 2)
+    for of_part, ((x, raw_here, *given), of_set) in zip(partial, parts, strict=True):
+        launch: Any = prologue_backward_kernel[(walks + plan.parts,)]
+        launch(
+            x, raw_here, *of_set, *given, of_part,
+            beta_max, tokens, rows * plan.spans, plan.per, plan.spans, plan.span, walks, rows * tokens,
+            -(-rows * tokens // plan.parts), total, of_taps + of_bias, inputs.stride(0), inputs.stride(1),
+            C=channels, H=heads, W=taps, BC=plan.width, CB=plan.blocks, U=STEPS,
+            BT=max(1, 256 // power_of_two(heads, 1)), BH=power_of_two(heads, 1),
+            num_warps=1, num_stages=1,
+        )  # fmt: skip
+    return dx, draw, dtail, partial.sum(1)
 
 
 def _gradients(
     inputs: Tensor, raw: Tensor, conv_weight: Tensor, total: Any, want_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, tokens, channels = inputs.shape
-    tail = (rows, conv_weight.shape[1] - 1, channels) if want_tail else (0,)
+    tail = (rows, conv_weight.shape[-1] - 1, channels) if want_tail else (0,)
     return (
         inputs.new_empty((rows, tokens, channels)),
         raw.new_empty(raw.shape),
         inputs.new_empty(tail, dtype=torch.float32),
-        inputs.new_empty((total,), dtype=torch.float32),
+        inputs.new_empty((_sets(conv_weight), total), dtype=torch.float32),
     )
 
 
@@ -523,16 +544,16 @@ def _backward(ctx: Any, dmixed: Any, dbeta: Any, dlog_decay: Any, dend: Any) -> 
         *saved, dmixed, dbeta, dlog_decay, dend, ctx.heads, ctx.beta_max, want_tail
     )
     of_taps, of_bias, of_gates = _sizes(conv_weight, conv_bias, A_log, ctx.heads)
-    dw, dbias, gates = sums.split([of_taps, of_bias, of_gates])
-    da, ddt, drate = gates.view(3, -1)
+    dw, dbias, gates = sums.split([of_taps, of_bias, of_gates], 1)
+    da, ddt, drate = gates.unflatten(1, (3, -1)).unbind(1)
     return (
         dx,
         draw,
-        dw.view_as(conv_weight).to(conv_weight.dtype),
-        None if conv_bias is None else dbias.to(conv_bias.dtype),
-        None if A_log is None else da.to(A_log.dtype),
-        None if dt_bias is None else ddt.to(dt_bias.dtype),
-        None if rate is None else drate.to(rate.dtype),
+        dw.reshape(conv_weight.shape).to(conv_weight.dtype),
+        None if conv_bias is None else dbias.reshape(conv_bias.shape).to(conv_bias.dtype),
+        None if A_log is None else da.reshape(A_log.shape).to(A_log.dtype),
+        None if dt_bias is None else ddt.reshape(dt_bias.shape).to(dt_bias.dtype),
+        None if rate is None else drate.reshape(rate.shape).to(rate.dtype),
         dtail if want_tail else None,
         *[None] * 5,
     )
@@ -544,15 +565,15 @@ torch.library.register_autograd("tsgdn::prologue", _backward, setup_context=_set
 def fused_prologue(
     inputs: Tensor,
     raw: Tensor,
+    tail: Tensor | None,
+    write: Tensor | None,
+    gap: Tensor | None,
+    lengths: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     rate: Tensor | None,
-    tail: Tensor | None,
-    write: Tensor | None,
-    gap: Tensor | None,
-    lengths: Tensor | None,
     heads: int,
     beta_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -563,8 +584,8 @@ def fused_prologue(
     """
     if torch.float64 in (inputs.dtype, None if tail is None else tail.dtype):
         raise ValueError("inputs or tail is float64; the Triton kernels compute in float32, use TSGDN_KERNEL=torch")
-    if not 1 <= conv_weight.shape[1] <= 8:
-        raise ValueError(f"conv_weight has {conv_weight.shape[1]} taps; Triton takes 1 to 8, use TSGDN_KERNEL=torch")
+    if not 1 <= conv_weight.shape[-1] <= 8:
+        raise ValueError(f"conv_weight has {conv_weight.shape[-1]} taps; Triton takes 1 to 8, use TSGDN_KERNEL=torch")
     if gap is None:
         rate = None
     return prologue_op(

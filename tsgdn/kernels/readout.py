@@ -1,5 +1,6 @@
 """The gated RMSNorm between a layer's memory and its output projection."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tsgdn.kernels.choice import kernel_for
+from tsgdn.kernels.replicas import rowwise
 
 
 def readout(
@@ -46,7 +48,11 @@ def readout(
     if o.numel() and kernel_for(o.device, wide) == "triton":
         from tsgdn.kernels.readout_fused import fused_readout
 
-        return fused_readout(o, gate, weight, eps, activation == "sigmoid", norm_first)
+        return rowwise(
+            partial(fused_readout, eps=eps, sigmoid=activation == "sigmoid", norm_first=norm_first),
+            (o, gate),
+            (weight,),
+        )
 
     opened = F.silu(gate) if activation == "silu" else torch.sigmoid(gate)
     x = (o if norm_first else o * opened).to(wide)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tsgdn.kernels.layout import power_of_two
 from tsgdn.kernels.pointwise import sigmoid
+from tsgdn.kernels.replicas import shares
 
 PROGRAMS = 1024
 """At most so many programs share the backward: each writes one row of sums for the weight."""
@@ -147,15 +148,18 @@ def _tile(value_dim: int) -> tuple[int, int]:
 
 @torch.library.custom_op("tsgdn::readout", mutates_args=())
 def readout_op(o: Tensor, gate: Tensor, weight: Tensor, eps: float, sigmoid: bool, norm_first: bool) -> Tensor:
-    """The readout (R, N, H, Dv) in the number format of `o`."""
+    """The readout (R, N, H, Dv) in the number format of `o`; `weight` is (Dv,), or sets (P, Dv) of R / P rows each."""
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
-    if o.numel():
-        o, gate = o.contiguous(), _strided(gate)
-        heads, value_dim = o.shape[2:]
-        many, padded = _tile(value_dim)
-        total = o.numel() // value_dim
+    if not o.numel():
+        return y
+    o, gate = o.contiguous(), _strided(gate)
+    heads, value_dim = o.shape[2:]
+    many, padded = _tile(value_dim)
+    total = o.numel() // value_dim // (weight.numel() // value_dim)
+    for rows, (w,) in shares((o, gate, y), (weight.contiguous(),), 1):
+        o_here, gate_here, y_here = rows
         readout_kernel[(-(-total // many),)](  # pyright: ignore
-            o, gate, weight.contiguous(), y, eps, total, gate.stride(1), H=heads, DV=value_dim, BM=many, BV=padded,
+            o_here, gate_here, w, y_here, eps, total, gate.stride(1), H=heads, DV=value_dim, BM=many, BV=padded,
             SIGMOID=sigmoid, NORM_FIRST=norm_first,
             num_warps=4, num_stages=1,  # pyright: ignore
         )  # fmt: skip
@@ -178,17 +182,21 @@ def readout_backward_op(
     dy, o, gate = dy.contiguous(), o.contiguous(), _strided(gate)
     heads, value_dim = o.shape[2:]
     many, padded = _tile(value_dim)
-    total = o.numel() // value_dim
+    sets = weight.numel() // value_dim
+    total = o.numel() // value_dim // sets
     tiles = -(-total // many)
     share = -(-tiles // PROGRAMS)
     programs = -(-tiles // share)
-    partial = o.new_empty((programs, value_dim), dtype=torch.float32)
-    readout_backward_kernel[(programs,)](  # pyright: ignore
-        dy, o, gate, weight.contiguous(), do, dgate, partial, eps, total, share, gate.stride(1),
-        H=heads, DV=value_dim, BM=many, BV=padded, SIGMOID=sigmoid, NORM_FIRST=norm_first,
-        num_warps=4, num_stages=1,  # pyright: ignore
-    )  # fmt: skip
-    return do, dgate, partial.sum(0).to(weight.dtype)
+    partial = o.new_empty((sets, programs, value_dim), dtype=torch.float32)
+    parts = shares((dy, o, gate, do, dgate), (weight.contiguous(),), 1)
+    for sums, (rows, (w,)) in zip(partial, parts, strict=True):
+        dy_here, o_here, gate_here, do_here, dgate_here = rows
+        readout_backward_kernel[(programs,)](  # pyright: ignore
+            dy_here, o_here, gate_here, w, do_here, dgate_here, sums, eps, total, share, gate.stride(1),
+            H=heads, DV=value_dim, BM=many, BV=padded, SIGMOID=sigmoid, NORM_FIRST=norm_first,
+            num_warps=4, num_stages=1,  # pyright: ignore
+        )  # fmt: skip
+    return do, dgate, partial.sum(1).view(weight.shape).to(weight.dtype)
 
 
 def _gradients(o: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,12 +10,14 @@ needs one comparison of every pair of its candidates, those stored and its own, 
 Source: the bounded cache of HOLA, arXiv 2607.02303; the age discount, silence and this form are ours.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from tsgdn.kernels.replicas import rowwise
 from tsgdn.mixers.attention import read
 
 
@@ -93,6 +95,25 @@ def look_up(
     Returns:
         What was read, in the store's dtype, and the store after the last token.
     """
+    fn = partial(_look_up, log_discount=log_discount, weighed=weighed, scale=scale, block=block)
+    return rowwise(fn, (q, k, v, score, store, stored, elapsed, position))
+
+
+def _look_up(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    store: Store,
+    stored: Tensor,
+    elapsed: Tensor,
+    position: Tensor,
+    *,
+    log_discount: float,
+    weighed: bool,
+    scale: float | None,
+    block: int,
+) -> tuple[Tensor, Store]:
     heads, slots = k.shape[2], store.score.shape[1]
     wide = store.keys.dtype
     reads = [v.new_zeros(v.shape[0], 0, *v.shape[2:], dtype=wide)]

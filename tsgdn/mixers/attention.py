@@ -15,6 +15,7 @@ Sources: rotary positions arXiv 2104.09864; the gated form is that of Qwen3-Next
 `attend`, `remember`, `read` and `rotate` are functions of tensors: other mixers are built on them.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Real, Shaped
 from torch import Tensor, nn
 
 from tsgdn.kernels import within
+from tsgdn.kernels.replicas import rowwise
 from tsgdn.mixers.layers import RMSNorm, draws, linear, scale_output
 from tsgdn.mixers.registry import register
 
@@ -110,14 +112,30 @@ def attend(
     Raises:
         ValueError: sizes that do not fit.
     """
-    state = _checked(k, v, state, window)
-    (N, H), kv_heads = q.shape[1:3], k.shape[2]
+    H, kv_heads = q.shape[2], k.shape[2]
     if H % kv_heads:
         raise ValueError(f"{H} heads of queries over {kv_heads} of keys; the first must be a multiple of the second")
-    if N == 0:
-        return state.values.new_zeros(q.shape[0], 0, H, v.shape[3]), state
+
+    fn = partial(_attend, window=window, rope=rope, rope_base=rope_base, scale=scale)
+    return rowwise(fn, (q, k, v, state, write, gap, lengths))
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState | None,
+    *stream: Tensor | None,
+    window: int | None,
+    rope: int | float,
+    rope_base: int | float,
+    scale: float | None,
+) -> tuple[Tensor, AttentionState]:
+    state = _checked(k, v, state, window)
+    if q.shape[1] == 0:
+        return state.values.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]), state
     with torch.autocast(q.device.type, enabled=False):
-        entries = _candidates(k, v, state, window, write, gap, lengths)
+        entries = _candidates(k, v, state, window, *stream)
         return _look_up(q, entries, window, rope, rope_base, scale), _kept(entries, window)
 
 
@@ -136,8 +154,14 @@ def remember(
     It holds the written entries that a next token without silence before it would reach (age < window): at most
     window - 1, of which there is always room for all. Without a window it has as many entries as the fullest row.
     """
+    return rowwise(partial(_remember, window=window), (k, v, state, write, gap, lengths))
+
+
+def _remember(
+    k: Tensor, v: Tensor, state: AttentionState | None, *stream: Tensor | None, window: int | None
+) -> AttentionState:
     state = _checked(k, v, state, window)
-    return _kept(_candidates(k, v, state, window, write, gap, lengths), window) if k.shape[1] else state
+    return _kept(_candidates(k, v, state, window, *stream), window) if k.shape[1] else state
 
 
 def read(
@@ -289,7 +313,10 @@ def _kept(entries: _Entries, window: int | None) -> AttentionState:
     keys, values, times, alive, _ = entries
     age = times[:, -1:] - times + 1
     if window is None:
-        count = alive.sum(1).tolist() or [0]  # the size of the state is the one thing that must be known on the host
+        if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            count = [0, keys.shape[1]]  # room for all: a graph cannot ask
+        else:  # the size of the state is the one thing that must be known on the host
+            count = alive.sum(1).tolist() or [0]
         n = max(count)
         if min(count) == keys.shape[1]:
             return AttentionState(keys, values, age)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64, Real, Shaped
 from torch import Tensor
 
-from tsgdn.kernels import Readout, gated_delta_rule, prologue
+from tsgdn.kernels import Readout, gated_delta_rule, prologue, without_autocast
 from tsgdn.mixers.layers import RMSNorm, draws, linear, undecayed, uniform
 from tsgdn.mixers.memory import MemoryMixer, MemoryState, draw_decay
 from tsgdn.mixers.registry import register
@@ -153,7 +153,7 @@ class GatedDeltaNet(MemoryMixer):
         """All but the output projection; `residual` asks for what was not predicted, `gated=False` for bare reads."""
         inputs, gate = self.project(x).split([self.channels, self.value_heads * self.value_dim], dim=-1)
         gate = gate.unflatten(-1, (self.value_heads, self.value_dim))
-        with torch.autocast(x.device.type, enabled=False):  # gates, norms and the memory stay in float32
+        with without_autocast(x.device.type):  # gates, norms and the memory stay in float32
             mixed, beta, log_decay, tail = prologue(
                 inputs,
                 self.gates(x.to(self.gates.weight.dtype)),

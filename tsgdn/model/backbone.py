@@ -96,11 +96,16 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "B V N D"], Any]:
         """Continues every row (series x variate) by its tokens."""
         shape = x.shape
+        drop = self.dropout if self.training and self.dropout.p else _same
         y, state = self.mixer(self.norm_mixer(x).flatten(0, 1), state, write=write, gap=gap, lengths=lengths)
-        x = x + self.dropout(y.unflatten(0, shape[:2]))
+        x = x + drop(y.unflatten(0, shape[:2]))
         if self.variates is not None and self.norm_variates is not None and shape[1] > 1:
-            x = x + self.dropout(self.variates(self.norm_variates(x)))
-        return x + self.dropout(self.mlp(self.norm_mlp(x))), state
+            x = x + drop(self.variates(self.norm_variates(x)))
+        return x + drop(self.mlp(self.norm_mlp(x))), state
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class Backbone(nn.Module):

@@ -28,9 +28,8 @@ class Embedding(nn.Module):
         width: int,
     ):
         super().__init__()
-        lags, long = len(seasons), sum(m > 1 for m in seasons)
+        lags, long = len(seasons), len(seasons) - 1  # season 1 is short
         ahead = span // patch_size
-        self.long = [i for i, m in enumerate(seasons) if m > 1]
         features = patch_size * (2 + lags) + lags + span * long + known_features * (span + ahead) + lags + 5
         self.first = nn.Linear(features, 2 * width)
         self.second = nn.Linear(2 * width, width)
@@ -49,7 +48,7 @@ class Embedding(nn.Module):
         scales: Scales,
         previous: tuple[Float64[Tensor, "B V N"], Float64[Tensor, "B V N"]],
         known: Float[Tensor, "B F N S"],
-        gap: Int64[Tensor, "B N"],
+        gap: Int64[Tensor, "B N"] | None,
         static: Int64[Tensor, "B n_static"],
     ) -> Float[Tensor, "B V N D"]:
         """Embeds patches.
@@ -61,46 +60,43 @@ class Embedding(nn.Module):
             scales: of each token.
             previous: location and scale of the token before, scale 0 where there is none.
             known: NaN where absent.
-            gap: patches of silence that were skipped before the token.
+            gap: patches of silence that were skipped before the token; None = none.
             static: categories, 0 = unknown.
         """
         # differences are taken in float64 and leave it at once: what is left is of the order of 1
         dtype = self.first.weight.dtype
+        B, V, N, P = values.shape
         loc, scale = scales.loc[..., None], scales.scale[..., None]
-        zero = torch.zeros((), dtype=dtype, device=values.device)
-        level = torch.where(observed, ((values - loc) / scale).to(dtype).asinh(), zero)
-        usable = observed[..., None] & views.has_predecessor
-        change = (values[..., None] - views.predecessors) / scales.lag_scale[..., None, :]
-        change = torch.where(usable, change.to(dtype).asinh(), zero)
-        last = ((views.anchors[..., 0, :] - loc) / scale).to(dtype).asinh()
-        last = torch.where(views.has_anchor[..., 0, :], last, zero)
-        ahead = ((views.anchors[..., self.long] - loc[..., None]) / scale[..., None]).to(dtype).asinh()
-        ahead = torch.where(views.has_anchor[..., self.long], ahead, zero)
-        growth = scales.scale.log() - torch.where(previous[1] > 0, previous[1], scales.scale).log()
-        drift = torch.where(previous[1] > 0, (scales.loc - previous[0]) / scales.scale, 0.0)
-        ratios = (scales.lag_scale / scale).log() / 3
-        V = values.shape[1]
-        given = ~known.isnan()
-        given_share = given.unflatten(-1, (-1, values.shape[-1])).to(dtype).mean(-1)
-        future = torch.cat([torch.where(given, known, 0.0).to(dtype), given_share], -1)  # B F N (S + K + 1)
-        future = future.transpose(1, 2).flatten(2)[:, None].expand(-1, V, -1, -1)
-        silence = torch.log1p(gap.to(dtype))[:, None, :, None].expand(-1, V, -1, -1) / 5
+        begun = previous[1] > 0
+        places = torch.cat([values, views.anchors[..., 0, :], views.anchors[..., 1:].flatten(3)], -1)
+        changes = (values[..., None] - views.predecessors) / scales.lag_scale[..., None, :]
+        drift = (scales.loc - previous[0]) / scales.scale
+        there = [
+            observed,
+            views.has_anchor[..., 0, :],
+            views.has_anchor[..., 1:].flatten(3),
+            (observed[..., None] & views.has_predecessor).flatten(3),
+            begun[..., None],
+        ]
+        sizes = [P, places.shape[-1] - P, changes.shape[-2] * changes.shape[-1], 1]
+        numbers = torch.cat([(places - loc) / scale, changes.flatten(3), drift[..., None]], -1)
+        level, ahead, change, drift = torch.where(torch.cat(there, -1), numbers.to(dtype).asinh(), 0.0).split(sizes, -1)
+        growth = scales.scale / torch.where(begun, previous[1], scales.scale)
+        ratios = torch.cat([growth[..., None], scales.count[..., None] + 1, scales.lag_scale / scale], -1)
+        logs = ratios.log().to(dtype)
         seen = observed.to(dtype)
-        numbers = [growth[..., None], drift[..., None].asinh(), torch.log1p(scales.count)[..., None] / 10, ratios]
-        x = torch.cat(
-            [
-                level,
-                seen,
-                change.flatten(3),
-                last,
-                ahead.flatten(3),
-                *(x.to(dtype) for x in numbers),
-                seen.mean(-1, keepdim=True),
-                silence,
-                future,
-            ],
-            -1,
-        )
+        silence = seen.new_zeros(B, V, N, 1)
+        if gap is not None:
+            silence = torch.log1p(gap.to(dtype))[:, None, :, None].expand(-1, V, -1, -1) / 5
+        counted, ratios = logs[..., 1:2] / 10, logs[..., 2:] / 3
+        share = seen.mean(-1, keepdim=True)
+        parts = [level, seen, change, ahead, logs[..., :1], drift, counted, ratios, share, silence]
+        if known.shape[1]:
+            given = ~known.isnan()
+            share = given.unflatten(-1, (-1, P)).to(dtype).mean(-1)
+            future = torch.cat([torch.where(given, known, 0.0).to(dtype), share], -1)  # B F N (S + K + 1)
+            parts.append(future.transpose(1, 2).flatten(2)[:, None].expand(-1, V, -1, -1))
+        x = torch.cat(parts, -1)
         # float32 also under autocast: the residual stream starts here
         token = (self.direct(x) + self.second(nn.functional.silu(self.first(x)))).to(dtype)
         for i, table in enumerate(self.static):

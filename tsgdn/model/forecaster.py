@@ -18,6 +18,7 @@ patches. Long silence costs nothing: after `gap_tokens` empty patches no more to
 is told how long it was (`gap`), so that the memories decay by that time.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
@@ -26,13 +27,30 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from tsgdn.model.backbone import Backbone
+from tsgdn.model.compiled import CompiledSteps
 from tsgdn.model.embedding import Embedding
 from tsgdn.model.heads import QuantileHead
-from tsgdn.model.patching import Patcher, PatchingState
-from tsgdn.model.scaling import CausalScaler, ScalingState, scales_of
+from tsgdn.model.patching import Patcher, Patches, PatchingState
+from tsgdn.model.scaling import CausalScaler, Scales, ScalingState, scales_of
 from tsgdn.model.seasonal import SeasonalMemory, SeasonalState
 from tsgdn.streamable import map_state
 from tsgdn.types import QUANTILE_LEVELS, Batch, Past, Quantiles
+
+
+class Tokens(NamedTuple):
+    """What the head reads: outputs of the backbone, scales and anchors of tokens, and which of them there are."""
+
+    mixed: Float[Tensor, "B V N D"]
+    scales: Scales
+    anchors: Float64[Tensor, "B V N S L"]
+    has_anchor: Bool[Tensor, "B V N S L"]
+    enters: Bool[Tensor, "B N"]
+
+    def at(self, places: Int64[Tensor, " reads"]) -> "Tokens":
+        """Some of them."""
+        scales = Scales(*(leaf[:, :, places] for leaf in self.scales))
+        mixed, anchors, has_anchor = (x[:, :, places] for x in (self.mixed, self.anchors, self.has_anchor))
+        return Tokens(mixed, scales, anchors, has_anchor, self.enters[:, places])
 
 
 class ForecasterState(NamedTuple):
@@ -146,6 +164,7 @@ class Forecaster(nn.Module):
         self.embedding = Embedding(patch_size, self.span, seasons, known_features, static_cardinalities, width)
         self.backbone = Backbone(width, depth, mixer, dict(mixer_args or {}), mlp_ratio, variate_every, dropout)
         self.head = QuantileHead(width, patch_size, patches_ahead, seasons, quantile_levels, 2 * width)
+        self._compiled: CompiledSteps | None = None
 
     @property
     def direct_steps(self) -> int:
@@ -170,55 +189,73 @@ class Forecaster(nn.Module):
         Raises:
             ValueError: shapes that disagree.
         """
-        return self._advance(batch, state, read, as_tokens=False)
+        B, V, _ = batch.values.shape
+        tokens, state = self._advance(batch, state, as_tokens=False)
+        if tokens is None or (read is not None and not read.numel()):
+            return self._no_tokens(B, V, batch.values), state
+        return self.head(*(tokens if read is None else tokens.at(read.to(batch.values.device)))), state
 
     def _advance(
-        self, batch: Batch, state: ForecasterState | None, read: Tensor | None, *, as_tokens: bool
-    ) -> tuple[Quantiles, ForecasterState]:
-        """`forward`; `as_tokens` lets empty patches enter however long the silence: a forecast's own tokens."""
+        self, batch: Batch, state: ForecasterState | None, *, as_tokens: bool
+    ) -> tuple[Tokens | None, ForecasterState]:
+        """Takes in steps; `as_tokens` lets empty patches enter however long the silence: a forecast's own tokens."""
         B, V, _ = batch.values.shape
-        device = batch.values.device
         begins = state is None
         if state is None:
-            state = self.initial_state(B, V, device=device) if batch.past is None else self.prime(batch.past)
+            state = (
+                self.initial_state(B, V, device=batch.values.device) if batch.past is None else self.prime(batch.past)
+            )
         static = state.static if batch.static is None else batch.static
         patches, patching = self.patcher(batch, None if begins else state.patching)
-        N = patches.values.shape[2]
-        if N == 0:
-            empty = self._no_tokens(B, V, batch.values)
-            return empty, state._replace(patching=patching, static=static)
+        if patches.values.shape[2] == 0:
+            return None, state._replace(patching=patching, static=static)
+        compiled = self._compiled_for(B, V) if patches.values.shape[2] == 1 else None
+        if compiled is None:
+            tokens, rest = self._take_in(patches, state, static, as_tokens, begins)
+        else:
+            tokens, rest = compiled.take_in(patches, state, static, as_tokens)
+        return tokens, ForecasterState(patching, *rest)
 
+    def _take_in(
+        self, patches: Patches, state: ForecasterState, static: Tensor, as_tokens: bool | Tensor, begins: bool
+    ) -> tuple[Tokens, tuple[Any, ...]]:
+        """Whole patches: what their tokens forecast from, and all leaves of the state but the unfinished patch."""
         views, seasonal = self.memory(patches.values, patches.observed, patches.start, state.seasonal)
-        scales, scaling = self.scaler(
+        scales, previous, scaling = self.scaler(
             patches.values, patches.observed, views.predecessors, views.has_predecessor, state.scaling
         )
-        before = scales_of(*state.scaling)
-        # scale 0 says that nothing had been seen by then
-        seen_scale = [torch.where(part.count > 0, part.scale, 0.0) for part in (before, scales)]
-        previous = (
-            torch.cat([before.loc[..., None], scales.loc[..., :-1]], -1),
-            torch.cat([seen_scale[0][..., None], seen_scale[1][..., :-1]], -1),
-        )
         enters, gap, silent, skipped = self._silence(patches.observed, patches.valid, state, as_tokens)
-        tokens = self.embedding(patches.values, patches.observed, views, scales, previous, patches.known, gap, static)
-        writes = patches.observed.any(-1).to(tokens.dtype)
-        mixed, backbone, readout = self._mix(tokens, writes, enters, gap, state)
-
-        read = torch.arange(N, device=device) if read is None else read.to(device)
-        valid = enters[:, read]
-        if read.numel():
-            at = type(scales)(*(leaf[:, :, read] for leaf in scales))
-            quantiles = self.head(mixed[:, :, read], at, views.anchors[:, :, read], views.has_anchor[:, :, read], valid)
-        else:
-            quantiles = self._no_tokens(B, V, batch.values)
-        return quantiles, ForecasterState(patching, seasonal, scaling, backbone, readout, static, silent, skipped)
+        told = patches.observed.any(-1)
+        some_wait = some_skip = some_silent = True
+        if patches.full and not begins:
+            # what comes of silence is left out where there is none: it would change no bit;
+            # a call that starts streams does not look: training never waits for the device
+            every_enters, every_told, some_skip = torch.stack([enters.all(), told.all(), gap.any()]).tolist()
+            some_wait, some_silent = not every_enters, not every_told
+        gaps = gap if some_skip else None
+        tokens = self.embedding(patches.values, patches.observed, views, scales, previous, patches.known, gaps, static)
+        writes = told.to(tokens.dtype) if some_silent else None
+        mixed, backbone, readout = self._mix(tokens, writes, enters if some_wait else None, gaps, state)
+        found = Tokens(mixed, scales, views.anchors, views.has_anchor, enters)
+        return found, (seasonal, scaling, backbone, readout, static, silent, skipped)
 
     def _silence(
-        self, observed: Bool[Tensor, "B V N P"], valid: Bool[Tensor, "B N"], state: ForecasterState, as_tokens: bool
+        self,
+        observed: Bool[Tensor, "B V N P"],
+        valid: Bool[Tensor, "B N"],
+        state: ForecasterState,
+        as_tokens: bool | Tensor,
     ) -> tuple[Bool[Tensor, "B N"], Int64[Tensor, "B N"], Int64[Tensor, " B"], Int64[Tensor, " B"]]:
         """Which patches enter as tokens, the silence that was skipped before each, and the two counters after."""
-        place = torch.arange(1, valid.shape[1] + 1, device=valid.device)
         seen = observed.any(-1).any(1)
+        if valid.shape[1] == 1:  # the rule itself, for one patch
+            seen, valid = seen[:, 0], valid[:, 0]
+            empty = torch.where(seen, 0, state.silent + 1)
+            enters = valid & ((empty <= self.gap_tokens) | as_tokens)
+            gap = torch.where(enters, state.skipped, 0)
+            skipped = torch.where(valid & ~enters, state.skipped + 1, state.skipped - gap)
+            return enters[:, None], gap[:, None], torch.where(valid, empty, state.silent), skipped
+        place = torch.arange(1, valid.shape[1] + 1, device=valid.device)
         # the place of the latest patch with a value; those before this call lie at -silent
         latest = torch.where(seen, place, -state.silent[:, None]).cummax(1).values
         empty = place - latest
@@ -236,15 +273,16 @@ class Forecaster(nn.Module):
     def _mix(
         self,
         tokens: Float[Tensor, "B V N D"],
-        writes: Float[Tensor, "B V N"],
-        enters: Bool[Tensor, "B N"],
-        gap: Int64[Tensor, "B N"],
+        writes: Float[Tensor, "B V N"] | None,
+        enters: Bool[Tensor, "B N"] | None,
+        gap: Int64[Tensor, "B N"] | None,
         state: ForecasterState,
     ) -> tuple[Float[Tensor, "B V N D"], tuple[Any, ...], Float[Tensor, "B V D"]]:
-        """Runs the backbone over the tokens that enter, moved to the front, and puts its outputs back in place."""
+        """Runs the backbone over the tokens that enter, moved to the front, and puts its outputs back in place.
+
+        None: all tokens write, all enter, no silence was skipped.
+        """
         V, D = tokens.shape[1], tokens.shape[3]
-        order = torch.argsort(~enters, dim=1, stable=True)
-        lengths = enters.sum(1)
 
         def per_row(x: Tensor) -> Tensor:
             return x[:, None].expand(-1, V, *x.shape[1:]).flatten(0, 1)
@@ -253,17 +291,83 @@ class Forecaster(nn.Module):
             index = to[:, None].expand(-1, V, -1)
             return x.gather(2, index if x.dim() == 3 else index[..., None].expand(-1, -1, -1, D))
 
+        order = lengths = None
+        if enters is not None:
+            lengths = enters.sum(1)
+        if enters is not None and enters.shape[1] > 1:
+            order = torch.argsort(~enters, dim=1, stable=True)
+            tokens = rearrange(tokens, order)
+            writes = None if writes is None else rearrange(writes, order)
+            gap = None if gap is None else gap.gather(1, order)
         mixed, rows = self.backbone(
-            rearrange(tokens, order),
+            tokens,
             map_state(lambda leaf: leaf.flatten(0, 1), state.backbone),
-            write=rearrange(writes, order).flatten(0, 1),
-            gap=per_row(gap.gather(1, order).to(tokens.dtype)),
-            lengths=per_row(lengths),
+            write=None if writes is None else writes.flatten(0, 1),
+            gap=None if gap is None else per_row(gap.to(tokens.dtype)),
+            lengths=None if lengths is None else per_row(lengths),
         )
-        last = (lengths - 1).clamp(min=0)[:, None, None, None].expand(-1, V, 1, D)
-        readout = torch.where(lengths[:, None, None] > 0, mixed.gather(2, last)[:, :, 0], state.readout)
         backbone = map_state(lambda leaf: leaf.unflatten(0, (-1, V)), rows)
-        return rearrange(mixed, torch.argsort(order, dim=1)), backbone, readout
+        if lengths is None:
+            readout = mixed[:, :, -1]
+            return mixed, backbone, readout if mixed.shape[2] == 1 else readout.clone()
+        last = mixed[:, :, :1]
+        if order is not None:
+            last = mixed.gather(2, (lengths - 1).clamp(min=0)[:, None, None, None].expand(-1, V, 1, D))
+            mixed = rearrange(mixed, torch.argsort(order, dim=1))
+        return mixed, backbone, torch.where(lengths[:, None, None] > 0, last[:, :, 0], state.readout)
+
+    # ---- one token, compiled ----------------------------------------------------------------------------------------
+
+    def compile_steps(self, series: Sequence[int] = (1,), *, variates: int = 1) -> bool:
+        """Compiles what a stream calls most, taking in one patch and reading a forecast, for calls of given sizes.
+
+        It takes the C++ compiler that torch finds, and up to a minute per size where nothing is cached yet. Calls of
+        other sizes, with gradients or in training go on as before; results agree up to rounding. Weights may change in
+        place afterwards.
+
+        Args:
+            series: numbers of series per call.
+            variates: of each series.
+
+        Returns:
+            Whether it is compiled; if not, a warning says why and nothing has changed.
+
+        Raises:
+            ValueError: the model is not on a CPU, or a size is not positive.
+        """
+        if self.head.hidden.weight.device.type != "cpu":
+            raise ValueError(
+                f"compile_steps is for CPUs, the model is on {self.head.hidden.weight.device}: leave it out"
+            )
+        if not series or min(*series, variates) < 1:
+            raise ValueError(f"series is {tuple(series)} and variates {variates}; expected positive numbers")
+        training = self.training
+        self.eval()
+        self._compiled = CompiledSteps(self._take_in, self._window_of, self._read_of)
+        try:
+            with torch.no_grad():
+                for count in dict.fromkeys(series):
+                    self._compiled.compile(count, variates, self._example(count, variates))
+        except Exception as error:  # whatever a compiler or its absence brings: streaming can do without
+            self._compiled = None
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(f"the model streams uncompiled, since compiling failed: {reason[0]}", stacklevel=2)
+        finally:
+            self.train(training)
+        return self._compiled is not None
+
+    def _example(self, series: int, variates: int) -> tuple[Patches, ForecasterState]:
+        """A patch and a state such as a stream has them."""
+        state = self.initial_state(series, variates)
+        batch = self._unobserved(state, self.patch_size, None)
+        patches, _ = self.patcher(batch, state.patching)
+        return patches, state
+
+    def _compiled_for(self, series: int, variates: int) -> CompiledSteps | None:
+        compiled = self._compiled
+        if compiled is None or (series, variates) not in compiled.sizes or self.training or torch.is_grad_enabled():
+            return None
+        return compiled
 
     # ---- states -----------------------------------------------------------------------------------------------------
 
@@ -378,45 +482,72 @@ class Forecaster(nn.Module):
             raise ValueError(f"horizon is {horizon}; it must be at least 1")
         P, S = self.patch_size, self.span
         phase = state.steps % P
-        rollout = max(0, -(-(horizon - self.direct_steps) // P))
-        future = self._future_known(state, known, (rollout + 1) * P + S)
 
         # a series at a patch end needs its last token only, unless silence has kept newer patches out
         pending = (phase > 0) | (state.skipped > 0) | (state.steps == 0)
-        end = state
-        if bool(pending.any()):
+        begin = torch.where(pending, phase, P)
+        least, most, some, every = _look(begin, pending) if len(begin) else (P, P, False, False)
+        rollout = max(0, -(-(most + horizon - S) // P))
+        # which steps of a token are computed depends on no other series: nor do the bits of a row
+        asked = min(S, P + horizon)
+
+        end, future = state, None
+        if some or rollout:
+            future = self._future_known(state, known, (rollout + 1) * P + S)
+        if some and future is not None:
             lengths = torch.where(pending, P - phase, 0)
             closing = self._unobserved(state, P, future[..., : P + S], lengths)
-            closed, end = self._advance(closing, state, None, as_tokens=True)
-            window = closed.unscaled()[:, :, 0]
-            if not bool(pending.all()):
-                window = torch.where(pending[:, None, None, None], window, self._read(state))
+            closed, end = self._advance(closing, state, as_tokens=True)
+            window, first = self._window(closed, slice(0, asked)), 0
+            if not every:
+                late = torch.where(pending[:, None, None, None], window[:, :, P:], self._read(state, slice(P, asked)))
+                window = torch.cat([window[:, :, :P], late], 2)
         else:
-            window = self._read(state)
-        begin = torch.where(pending, phase, P)
+            window, first = self._read(state, slice(P, asked)), P
 
-        # `future` starts at the first forecast step, the copy now stands at `ahead` steps after it
-        ahead = torch.where(pending, P - phase, 0)
         parts = [window]
-        for i in range(rollout):
-            index = (ahead + i * P)[:, None] + torch.arange(P + S, device=phase.device)
-            columns = future.gather(-1, index.clamp(max=future.shape[-1] - 1)[:, None].expand(-1, future.shape[1], -1))
-            step = self._unobserved(state, P, columns)
-            quantiles, end = self._advance(step, end, None, as_tokens=True)
-            parts.append(quantiles.unscaled()[:, :, 0, -P:])
-        steps = torch.cat(parts, 2)
-        index = (begin[:, None] + torch.arange(horizon, device=phase.device))[:, None, :, None]
-        steps = steps.gather(2, index.expand(-1, steps.shape[1], -1, steps.shape[-1]))
+        if rollout and future is not None:
+            # `future` starts at the first forecast step, the copy now stands at `ahead` steps after it
+            ahead = torch.where(pending, P - phase, 0)
+            for i in range(rollout):
+                index = (ahead + i * P)[:, None] + torch.arange(P + S, device=phase.device)
+                index = index.clamp(max=future.shape[-1] - 1)[:, None].expand(-1, future.shape[1], -1)
+                step = self._unobserved(state, P, future.gather(-1, index))
+                token, end = self._advance(step, end, as_tokens=True)
+                parts.append(self._window(token, slice(S - P, S)))
+        steps = torch.cat(parts, 2) if rollout else window
+        if least < most:
+            index = (begin - first)[:, None] + torch.arange(horizon, device=phase.device)
+            steps = steps.gather(2, index[:, None, :, None].expand(-1, steps.shape[1], -1, steps.shape[-1]))
+        else:
+            steps = steps[:, :, least - first : least - first + horizon]
         known_at_all = state.scaling.count + state.patching.observed.sum(-1)
         return torch.where((known_at_all > 0)[..., None, None], steps, torch.nan)
 
-    def _read(self, state: ForecasterState) -> Float64[Tensor, "B V S Q"]:
+    def _window(self, token: Tokens | None, steps: slice) -> Float64[Tensor, "B V asked Q"]:
+        """Some steps of the forecast of each series' only token."""
+        assert token is not None  # a whole patch was taken in
+        compiled = self._compiled_for(*token.mixed.shape[:2])
+        if compiled is not None:
+            return compiled.window(token)[:, :, steps]
+        return self._window_of(token, steps)
+
+    def _window_of(self, token: Tokens, steps: slice | None = None) -> Float64[Tensor, "B V asked Q"]:
+        return self.head(*token, steps).unscaled()[:, :, 0]
+
+    def _read(self, state: ForecasterState, steps: slice) -> Float64[Tensor, "B V asked Q"]:
         """The forecast of the last token, read off the state."""
+        compiled = self._compiled_for(*state.readout.shape[:2])
+        if compiled is not None:
+            return compiled.read(state)[:, :, steps]
+        return self._read_of(state, steps)
+
+    def _read_of(self, state: ForecasterState, steps: slice | None = None) -> Float64[Tensor, "B V asked Q"]:
         anchors, has_anchor = self.memory.anchors_at(state.steps, state.seasonal)
         scales = scales_of(*(leaf[:, :, None] for leaf in state.scaling))
         valid = torch.ones_like(state.steps[:, None], dtype=torch.bool)
-        quantiles = self.head(state.readout[:, :, None], scales, anchors[:, :, None], has_anchor[:, :, None], valid)
-        return quantiles.unscaled()[:, :, 0]
+        token = Tokens(state.readout[:, :, None], scales, anchors[:, :, None], has_anchor[:, :, None], valid)
+        return self._window_of(token, steps)
 
     def _future_known(self, state: ForecasterState, known: Tensor | None, columns: int) -> Float[Tensor, "B F columns"]:
         """Known features from the first forecast step on: what the state holds, then what is given, else NaN."""
@@ -441,3 +572,9 @@ class Forecaster(nn.Module):
         none = torch.zeros(B, V, 0, dtype=torch.float64, device=device)
         values = torch.zeros(B, V, 0, self.span, len(self.quantile_levels), dtype=dtype, device=device)
         return Quantiles(values, none, none, none, torch.zeros(B, 0, dtype=torch.bool, device=device))
+
+
+def _look(begin: Tensor, pending: Tensor) -> tuple[int, int, bool, bool]:
+    """The least and the largest begin, whether some series are pending and whether all are: one look at the device."""
+    least, most, some, every = torch.stack([*begin.aminmax(), pending.any(), pending.all()]).tolist()
+    return least, most, bool(some), bool(every)

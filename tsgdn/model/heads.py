@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
@@ -61,7 +62,9 @@ class QuantileHead(nn.Module):
         periods = torch.stack([torch.ceil(lead / m) for m in seasons], -1).sqrt()
         # the running mean errs by the scale at every lead
         self.register_buffer("growth", torch.cat([torch.ones(self.span, 1), periods], -1).log(), persistent=False)
+        self.register_buffer("patch", torch.arange(self.span) // patch_size, persistent=False)
         self.growth: Tensor
+        self.patch: Tensor
         self._initialise()
 
     def _initialise(self) -> None:
@@ -83,28 +86,41 @@ class QuantileHead(nn.Module):
         anchors: Float64[Tensor, "B V N S L"],
         has_anchor: Bool[Tensor, "B V N S L"],
         valid: Bool[Tensor, "B N"],
+        steps: slice | None = None,
     ) -> Quantiles:
-        """Reads forecasts off tokens; where no anchor has been seen, the next shorter season or the mean stands in."""
-        h = nn.functional.silu(self.hidden(token))
+        """Reads forecasts off tokens; where no anchor has been seen, the next shorter season or the mean stands in.
+
+        Args:
+            token: outputs of the backbone.
+            scales: of the tokens.
+            anchors: what persistence over each season forecasts.
+            has_anchor: where a value of that phase had been seen.
+            valid: handed through.
+            steps: which of the S steps are forecast; None = all.
+        """
+        h = F.silu(self.hidden(token))
         wide = torch.promote_types(token.dtype, torch.float32)
-        raw = self.quantiles(h).to(wide).unflatten(-1, (self.span, len(self.levels)))
-        median = raw[..., self.middle : self.middle + 1]
-        below = nn.functional.softplus(raw[..., : self.middle])
-        above = nn.functional.softplus(raw[..., self.middle + 1 :])
+        raw, mix = _part(self.quantiles, h, steps, self.span), _part(self.mix, h, steps, self.span)
+        growth, patch = self.growth, self.patch
+        if steps is not None:
+            growth, patch = growth[steps], patch[steps]
+            anchors, has_anchor = anchors[..., steps, :], has_anchor[..., steps, :]
+        raw = raw.to(wide).unflatten(-1, (-1, len(self.levels)))
+        sizes = [self.middle, 1, len(self.levels) - self.middle - 1]
+        _, median, _ = raw.split(sizes, -1)
+        below, _, above = F.softplus(raw).split(sizes, -1)
         z = torch.cat(
             [median - below.flip(-1).cumsum(-1).flip(-1), median, median + above.cumsum(-1)],
             -1,
         )
         # log of the size of each anchor's error at each step, in units of the scale; the running mean errs by the scale
-        size = torch.cat(
-            [torch.zeros_like(scales.loc)[..., None], (scales.lag_scale / scales.scale[..., None]).log()], -1
-        )
-        size = size.to(wide)[..., None, :] + self.growth.to(wide)
+        size = F.pad((scales.lag_scale / scales.scale[..., None]).log(), (1, 0))
+        size = size.to(wide)[..., None, :] + growth.to(wide)
         prior = -self.sharpness * size
-        centre = self._centre(self.mix(h).to(wide), prior, scales, anchors, has_anchor)
-        share = self.units(h).to(wide).unflatten(-1, (self.ahead, self.anchors)).repeat_interleave(self.patch_size, -2)
+        centre = self._centre(mix.to(wide), prior, scales, anchors, has_anchor)
+        share = self.units(h).to(wide).unflatten(-1, (self.ahead, self.anchors)).index_select(-2, patch)
         unit = ((share + prior).softmax(-1) * size).sum(-1).exp()
-        values = centre[..., None] + unit[..., None] * z
+        values = torch.addcmul(centre[..., None], unit[..., None], z)
         main = scales.lag_scale[..., self.main] / scales.scale
         return Quantiles(values, scales.loc, scales.scale, main, valid)
 
@@ -112,10 +128,19 @@ class QuantileHead(nn.Module):
         self, logits: Tensor, prior: Tensor, scales: Scales, anchors: Tensor, has_anchor: Tensor
     ) -> Float[Tensor, "B V N S"]:
         place = ((anchors - scales.loc[..., None, None]) / scales.scale[..., None, None]).to(logits.dtype)
-        weights = (logits.unflatten(-1, (self.span, self.anchors)) + prior).softmax(-1)
-        candidate = torch.zeros_like(place[..., 0])  # the mean
-        centre = candidate
-        for i in range(place.shape[-1]):
-            candidate = torch.where(has_anchor[..., i], place[..., i], candidate)
-            centre = centre + weights[..., i + 1] * candidate
+        _, *weights = (logits.unflatten(-1, (-1, self.anchors)) + prior).softmax(-1).unbind(-1)
+        candidate, centre = 0.0, None  # the mean
+        for weight, there, value in zip(weights, has_anchor.unbind(-1), place.unbind(-1), strict=True):
+            candidate = torch.where(there, value, candidate)
+            centre = weight * candidate if centre is None else torch.addcmul(centre, weight, candidate)
+        assert centre is not None
         return centre
+
+
+def _part(layer: nn.Linear, h: Tensor, steps: slice | None, span: int) -> Tensor:
+    """The outputs of a layer that belong to some of the steps."""
+    if steps is None:
+        return layer(h)
+    each = layer.out_features // span
+    rows = slice(steps.start * each, steps.stop * each)
+    return F.linear(h, layer.weight[rows], layer.bias[rows])

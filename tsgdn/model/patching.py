@@ -1,12 +1,14 @@
 """Steps to patches: (B, V, T) -> (B, V, N, P), on one grid that is anchored at the first step of the stream.
 
 The state holds the unfinished patch. Series of one call may stand at different places of their patches and may bring
-different numbers of steps; a gather aligns them, so that no caller has to group series by phase.
+different numbers of steps; a gather aligns them, so that no caller has to group series by phase. Where all stand at one
+place and bring as many steps, slices do the same.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
@@ -38,6 +40,7 @@ class Patches(NamedTuple):
         known: features of the token's own patch and of the next K.
         valid: series have different numbers of patches in a call; theirs come first.
         start: step at which the first patch begins.
+        full: known without a look at the device: every series has all N patches.
     """
 
     values: Float64[Tensor, "B V N P"]
@@ -45,6 +48,7 @@ class Patches(NamedTuple):
     known: Float[Tensor, "B F N S"]
     valid: Bool[Tensor, "B N"]
     start: Int64[Tensor, " B"]
+    full: bool
 
 
 class Patcher:
@@ -85,12 +89,19 @@ class Patcher:
                 f"the batch has {B} series of {V} variates, the state {tuple(state.values.shape[:2])}: "
                 "a state continues the same series, in the same order"
             )
-        lengths = torch.full_like(state.steps, T) if batch.lengths is None else batch.lengths
         phase = state.steps % P
+        together = None
+        if not begins:
+            together = _together(phase, batch.lengths, T)
+        elif batch.lengths is None:  # at the start of a stream no look at the device: training never waits for it
+            together = 0, T
+        if together is not None:
+            return self._together(values, observed, known, state, phase, *together)
+
+        lengths = torch.full_like(state.steps, T) if batch.lengths is None else batch.lengths
         total = phase + lengths
         patches = total // P
-        # at the start of a stream no look at the device: training never waits for it
-        N = T // P if begins or not B else int(patches.max())
+        N = T // P if begins else int(patches.max())
 
         def stream(
             before: Tensor, after: Tensor, begin: Int64[Tensor, " B"], length: int, end: Int64[Tensor, " B"]
@@ -111,6 +122,7 @@ class Patcher:
             self._windows(stream(state.known, known, zero, max(N - 1, 0) * P + S, total + S), N),
             torch.arange(N, device=device) < patches[:, None],
             state.steps - phase,
+            False,
         )
         rest = PatchingState(
             state.steps + lengths,
@@ -119,6 +131,34 @@ class Patcher:
             stream(state.known, known, whole, S + P, total + S),
         )
         return done, rest
+
+    def _together(
+        self, values: Tensor, observed: Tensor, known: Tensor, state: PatchingState, phase: Tensor, at: int, steps: int
+    ) -> tuple[Patches, PatchingState]:
+        """All series stand `at` one place of their patch and bring as many steps: slices in the place of gathers."""
+        P, S = self.patch_size, self.span
+        N = (at + steps) // P
+
+        def joined(before: Tensor, after: Tensor, length: int) -> Tensor:
+            after = after[..., :length].to(before.dtype)
+            return torch.cat([before[..., :at], after], -1) if at else after
+
+        def rest(cells: Tensor, length: int) -> Tensor:
+            left = cells[..., N * P :]
+            return F.pad(left, (0, length - left.shape[-1]))
+
+        values, observed = joined(state.values, values, steps), joined(state.observed, observed, steps)
+        known = joined(state.known, known, steps + S)
+        done = Patches(
+            values[..., : N * P].unflatten(-1, (N, P)),
+            observed[..., : N * P].unflatten(-1, (N, P)),
+            self._windows(known[..., : max(N - 1, 0) * P + S], N),
+            torch.ones(values.shape[0], N, dtype=torch.bool, device=values.device),
+            state.steps - phase if at else state.steps,
+            True,
+        )
+        after = PatchingState(state.steps + steps, rest(values, P), rest(observed, P), rest(known, S + P))
+        return done, after
 
     def _known_of(self, batch: Batch) -> Float[Tensor, "B F T_and_S"]:
         B, _, T = batch.values.shape
@@ -139,3 +179,13 @@ class Patcher:
         if N == 0:
             return known.new_zeros(*known.shape[:2], 0, self.span)
         return known.unfold(-1, self.span, self.patch_size)
+
+
+def _together(phase: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"] | None, steps: int) -> tuple[int, int] | None:
+    """The phase of all series and the steps that each of them brings, if these are the same for all."""
+    if not len(phase):
+        return 0, steps
+    ends = [*phase.aminmax(), *(() if lengths is None else lengths.aminmax())]
+    first, last, *brought = (int(x) for x in ends) if phase.device.type == "cpu" else torch.stack(ends).tolist()
+    least, most = brought or (steps, steps)
+    return (first, most) if first == last and least == most else None

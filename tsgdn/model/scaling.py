@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOOR = 1e-9  # of |mean|: a series that is constant to float32 precision
 LAG_FLOOR = 1e-5  # of scale: a series that repeats its season exactly
+TINY = 1e-300  # a divisor where nothing was counted
 
 
 class ScalingState(NamedTuple):
@@ -58,8 +59,8 @@ class CausalScaler:
         predecessors: Float64[Tensor, "B V N P L"],
         has_predecessor: Bool[Tensor, "B V N P L"],
         state: ScalingState,
-    ) -> tuple[Scales, ScalingState]:
-        """Statistics of each token; those of the last are the state.
+    ) -> tuple[Scales, tuple[Float64[Tensor, "B V N"], Float64[Tensor, "B V N"]], ScalingState]:
+        """Statistics of each token, location and scale of the token before (0 where there is none), and the state.
 
         Args:
             values: 0 where not observed.
@@ -68,31 +69,33 @@ class CausalScaler:
             has_predecessor: where there is one.
             state: statistics before the first patch.
         """
-        seen = observed.double()
-        # how often the weight of a value was halved by the values after it in the same patch
-        after = seen.flip(-1).cumsum(-1).flip(-1) - seen
-        weight = seen * self.retention**after
-        keep = self.retention ** seen.sum(-1)
+        weight = observed.double()
+        keep = None
+        if self.retention < 1:
+            # how often the weight of a value was halved by the values after it in the same patch
+            after = weight.flip(-1).cumsum(-1).flip(-1) - weight
+            keep = self.retention ** weight.sum(-1)
+            weight = weight * self.retention**after
 
         count = weight.sum(-1)
-        mean = (weight * values).sum(-1) / count.clamp(min=1e-300)
-        m2 = (weight * (values - mean[..., None]) ** 2).sum(-1)
+        mean = (weight * values).sum(-1) / count.clamp(min=TINY)
+        m2 = (weight * (values - mean[..., None]).square()).sum(-1)
 
         lag_weight = weight[..., None] * has_predecessor
         lag_count = lag_weight.sum(-2)
-        square = (lag_weight * (values[..., None] - predecessors) ** 2).sum(-2) / lag_count.clamp(min=1e-300)
+        square = (lag_weight * (values[..., None] - predecessors).square()).sum(-2) / lag_count.clamp(min=TINY)
 
-        count, mean, m2 = _scan(keep, count, mean, m2, (state.count, state.mean, state.m2))
-        zeros = torch.zeros_like(square)
-        lag_count, square, _ = _scan(
-            keep[..., None].expand_as(square),
-            lag_count,
-            square,
-            zeros,
-            (state.lag_count, state.lag_square, torch.zeros_like(state.lag_square)),
+        count, mean, m2 = _scan(keep, (state.count, state.mean, state.m2), (count, mean, m2))
+        lag_count, square = _scan(
+            None if keep is None else keep[..., None], (state.lag_count, state.lag_square), (lag_count, square)
         )
-        end = ScalingState(count[:, :, -1], mean[:, :, -1], m2[:, :, -1], lag_count[:, :, -1], square[:, :, -1])
-        return scales_of(count[:, :, 1:], mean[:, :, 1:], m2[:, :, 1:], lag_count[:, :, 1:], square[:, :, 1:]), end
+        end = ScalingState(*(x[:, :, -1] for x in (count, mean, m2, lag_count, square)))
+        scale = _scale_of(count, mean, m2)
+        # scale 0 says that nothing had been seen by then
+        before = mean[:, :, :-1], torch.where(count[:, :, :-1] > 0, scale[:, :, :-1], 0.0)
+        scale = scale[:, :, 1:]
+        lag_scale = _lag_scale_of(scale, lag_count[:, :, 1:], square[:, :, 1:])
+        return Scales(count[:, :, 1:], mean[:, :, 1:], scale, lag_scale), before, end
 
 
 def scales_of(count: Tensor, mean: Tensor, m2: Tensor, lag_count: Tensor, lag_square: Tensor) -> Scales:
@@ -100,38 +103,57 @@ def scales_of(count: Tensor, mean: Tensor, m2: Tensor, lag_count: Tensor, lag_sq
 
     After one value its size is all that is known of the scale; f(a·x + b) = a·f(x) + b holds from two values on.
     """
-    scale = (m2 / count.clamp(min=1e-300)).clamp(min=0).sqrt()
+    scale = _scale_of(count, mean, m2)
+    return Scales(count, mean, scale, _lag_scale_of(scale, lag_count, lag_square))
+
+
+def _scale_of(count: Tensor, mean: Tensor, m2: Tensor) -> Tensor:
     size = mean.abs()
+    scale = (m2 / count.clamp(min=TINY)).clamp(min=0).sqrt()
     scale = torch.maximum(scale, torch.where(count > 1.5, FLOOR * size, size))
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    lag_scale = torch.where(lag_count > 0, lag_square.clamp(min=0).sqrt(), scale[..., None])
-    return Scales(count, mean, scale, torch.maximum(lag_scale, LAG_FLOOR * scale[..., None]))
+    return torch.where(scale > 0, scale, 1.0)
 
 
-def _scan(
-    keep: Tensor, count: Tensor, mean: Tensor, m2: Tensor, first: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _lag_scale_of(scale: Tensor, lag_count: Tensor, lag_square: Tensor) -> Tensor:
+    scale = scale[..., None]
+    lag_scale = torch.where(lag_count > 0, lag_square.clamp(min=0).sqrt(), scale)
+    return torch.maximum(lag_scale, LAG_FLOOR * scale)
+
+
+def _scan(keep: Tensor | None, first: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Merges all patches up to each: the state comes first, so the result has N + 1 entries along dimension 2.
 
     Hillis and Steele's scan: log2(N) elementwise passes, an entry depends on no later one.
+
+    Args:
+        keep: by how much a patch shrinks the weights before it; None = not at all.
+        first: count, mean and perhaps m2 before the first patch.
+        parts: those of each patch alone.
     """
-    keep = torch.cat([torch.ones_like(first[0])[:, :, None], keep], 2)
-    count, mean, m2 = (torch.cat([a[:, :, None], b], 2) for a, b in zip(first, (count, mean, m2), strict=True))
+    entries = tuple(torch.cat([a[:, :, None], b], 2) for a, b in zip(first, parts, strict=True))
+    if keep is not None:
+        keep = torch.cat([torch.ones_like(keep[:, :, :1]), keep], 2)
     shift = 1
-    while shift < count.shape[2]:
-        early, late = slice(None, -shift), slice(shift, None)
-        old = count[:, :, early] * keep[:, :, late]
-        both = old + count[:, :, late]
-        share = count[:, :, late] / both.clamp(min=1e-300)
-        delta = mean[:, :, late] - mean[:, :, early]
-        merged = (
-            keep[:, :, early] * keep[:, :, late],
-            both,
-            mean[:, :, early] + delta * share,
-            m2[:, :, early] * keep[:, :, late] + m2[:, :, late] + delta**2 * old * share,
-        )
-        keep, count, mean, m2 = (
-            torch.cat([a[:, :, :shift], b], 2) for a, b in zip((keep, count, mean, m2), merged, strict=True)
-        )
+    while shift < entries[0].shape[2]:
+        early = tuple(x[:, :, :-shift] for x in entries)
+        late = tuple(x[:, :, shift:] for x in entries)
+        kept = None if keep is None else keep[:, :, shift:]
+        merged = _merged(kept, early, late)
+        entries = tuple(torch.cat([x[:, :, :shift], y], 2) for x, y in zip(entries, merged, strict=True))
+        if keep is not None and kept is not None:
+            keep = torch.cat([keep[:, :, :shift], keep[:, :, :-shift] * kept], 2)
         shift *= 2
-    return count, mean, m2
+    return entries
+
+
+def _merged(keep: Tensor | None, early: tuple[Tensor, ...], late: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Count, mean and perhaps m2 of two stretches together; `keep` is what the later one leaves of the earlier."""
+    old = early[0] if keep is None else early[0] * keep
+    count = old + late[0]
+    share = late[0] / count.clamp(min=TINY)
+    delta = late[1] - early[1]
+    mean = torch.addcmul(early[1], delta, share)
+    if len(early) == 2:
+        return count, mean
+    m2 = early[2] if keep is None else early[2] * keep
+    return count, mean, torch.addcmul(m2 + late[2], delta.square() * old, share)

@@ -46,6 +46,7 @@ class SeasonalMemory:
         self.seasons = tuple(seasons)
         self.patch_size = patch_size
         self.span = span
+        self._index: dict[tuple[int, torch.device], _Index] = {}
 
     def initial_state(self, series: int, variates: int, device: torch.device | str | None = None) -> SeasonalState:
         """Nothing seen yet."""
@@ -63,70 +64,101 @@ class SeasonalMemory:
     ) -> tuple[SeasonalViews, SeasonalState]:
         """Reads the tables at every token and writes the observed values; `start` is the step of the first cell."""
         N, P = values.shape[2:]
-        values, observed = values.flatten(2), observed.flatten(2)
-        views, tables = [], []
-        for m, table, seen in zip(
-            self.seasons, state.table.split(self.seasons, -1), state.seen.split(self.seasons, -1), strict=True
-        ):
-            latest, known, end = _latest(values, observed, start, table, seen, m)
-            # `latest[m + t]` is the value of t's phase at or before t; `latest[t]` the one before t
-            source = m + self._sources(N, m, values.device)
-            views.append(
-                (
-                    latest[..., : N * P].unflatten(-1, (N, P)),
-                    known[..., : N * P].unflatten(-1, (N, P)),
-                    latest[..., source],
-                    known[..., source],
-                )
-            )
-            tables.append(end)
-        stacked = (torch.stack(parts, -1) for parts in zip(*views, strict=True))
-        table, seen = (torch.cat(parts, -1) for parts in zip(*tables, strict=True))
-        return SeasonalViews(*stacked), SeasonalState(table, seen)
+        index = self._index_of(N, start.device)
+        # NaN stands for what was not seen: one tensor is moved in the place of two
+        table = torch.where(state.seen, state.table, torch.nan)
+        values = torch.where(observed, values, torch.nan).flatten(2)
+        # relative to the first cell, all seasons side by side
+        turned = (start[:, None] + index.phase).remainder(index.season)
+        turned = (turned + index.offset)[:, None].expand(table.shape)
+        filled = [_filled(first, values) for first in table.gather(-1, turned).split(self.seasons, -1)]
+        # what each phase holds after the last cell, turned back
+        back = (index.phase - start[:, None]).remainder(index.season)
+        back = (back + index.offset)[:, None].expand(table.shape)
+        ends = [grid[..., -m:] for grid, m in zip(filled, self.seasons, strict=True)]
+        table = torch.cat(ends, -1).gather(-1, back)
+        seen = ~table.isnan()
+
+        read = torch.cat(filled, -1).index_select(-1, index.reads)
+        known = ~read.isnan()
+        read = torch.where(known, read, 0.0)
+        cells, L = N * P * len(self.seasons), len(self.seasons)
+        views = SeasonalViews(
+            read[..., :cells].unflatten(-1, (N, P, L)),
+            known[..., :cells].unflatten(-1, (N, P, L)),
+            read[..., cells:].unflatten(-1, (N, self.span, L)),
+            known[..., cells:].unflatten(-1, (N, self.span, L)),
+        )
+        return views, SeasonalState(torch.where(seen, table, 0.0), seen)
 
     def anchors_at(
         self, steps: Int64[Tensor, " B"], state: SeasonalState
     ) -> tuple[Float64[Tensor, "B V S L"], Bool[Tensor, "B V S L"]]:
         """What the tables forecast for a token whose patch ended just before step `steps`."""
-        ahead = torch.arange(self.span, device=steps.device) - self.patch_size
-        anchors, seen = [], []
-        for m, table, known in zip(
-            self.seasons, state.table.split(self.seasons, -1), state.seen.split(self.seasons, -1), strict=True
-        ):
-            cell = ((steps[:, None] + ahead) % m)[:, None].expand(-1, table.shape[1], -1)
-            anchors.append(table.gather(-1, cell))
-            seen.append(known.gather(-1, cell))
-        return torch.stack(anchors, -1), torch.stack(seen, -1)
+        index = self._index_of(1, steps.device)
+        cell = (steps[:, None] + index.ahead).remainder(index.ahead_season) + index.ahead_offset
+        cell = cell[:, None].expand(-1, state.table.shape[1], -1)
+        shape = (self.span, len(self.seasons))
+        return state.table.gather(-1, cell).unflatten(-1, shape), state.seen.gather(-1, cell).unflatten(-1, shape)
 
-    def _sources(self, N: int, m: int, device: torch.device) -> Int64[Tensor, "N S"]:
-        """The step whose phase value forecasts step nP + s of token n: the last of that phase before the patch ends."""
-        begin = torch.arange(N, device=device)[:, None] * self.patch_size
-        target = begin + torch.arange(self.span, device=device)
-        beyond = target - (begin + self.patch_size) + 1
-        return target - m * ((beyond + m - 1) // m).clamp(min=0)
+    def _index_of(self, N: int, device: torch.device) -> "_Index":
+        """What does not depend on values, made once per number of patches."""
+        found = self._index.get((N, device))
+        if found is None:
+            if len(self._index) > 32:
+                self._index.clear()
+            found = self._index[N, device] = self._make_index(N, device)
+        return found
+
+    def _make_index(self, N: int, device: torch.device) -> "_Index":
+        P, S = self.patch_size, self.span
+        begin = torch.arange(N)[:, None] * P
+        target = begin + torch.arange(S)
+        beyond = target - (begin + P) + 1
+        before, at, offset = [], [], 0
+        for m in self.seasons:
+            # in `_filled`, place m + t holds the value of t's phase at or before t, place t the one before t
+            before.append(offset + torch.arange(N * P))
+            # the step whose phase value forecasts `target`: the last of that phase before the patch ends
+            at.append(offset + m + target - m * ((beyond + m - 1) // m).clamp(min=0))
+            offset += m * (1 - (-N * P // m))
+        phase = torch.cat([torch.arange(m) for m in self.seasons])
+        sizes = torch.tensor(self.seasons)
+        season = sizes.repeat_interleave(sizes)
+        offsets = sizes.cumsum(0) - sizes
+        ahead = (torch.arange(S) - P)[:, None].expand(-1, len(sizes)).flatten()
+        reads = torch.cat([torch.stack(before, -1).flatten(), torch.stack(at, -1).flatten()])
+        parts = (phase, season, offsets.repeat_interleave(sizes), reads, ahead, sizes.repeat(S), offsets.repeat(S))
+        return _Index(*(part.to(device) for part in parts))
 
 
-def _latest(
-    values: Tensor, observed: Tensor, start: Tensor, table: Tensor, seen: Tensor, m: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The latest observed value of each phase, at each step: the table first, then T steps, forward-filled by phase."""
-    T = values.shape[-1]
-    shape = table.shape
-    turn = (start[:, None] + torch.arange(m, device=start.device)) % m
-    relative = turn[:, None].expand(shape)
+class _Index(NamedTuple):
+    """Of the cells of all tables: phase, season and where its table begins; places to read; and cells of a forecast."""
+
+    phase: Tensor
+    season: Tensor
+    offset: Tensor
+    reads: Tensor
+    ahead: Tensor
+    ahead_season: Tensor
+    ahead_offset: Tensor
+
+
+def _filled(first: Tensor, values: Tensor) -> Tensor:
+    """The latest value of each phase: m cells of the table, then T steps, filled forward by phase up to whole seasons.
+
+    NaN stands for what was not seen.
+    """
+    m, T = first.shape[-1], values.shape[-1]
     periods = -(-T // m)
     pad = periods * m - T
-
-    def grid(first: Tensor, rest: Tensor) -> Tensor:
-        padded = torch.cat([first.gather(-1, relative), rest, rest.new_zeros(*rest.shape[:-1], pad)], -1)
-        return padded.unflatten(-1, (periods + 1, m))
-
-    filled, present = grid(table, values), grid(seen, observed)
-    index = torch.arange(periods + 1, device=values.device)[:, None].expand(present.shape)
-    source = torch.where(present, index, -1).cummax(-2).values
-    latest = filled.gather(-2, source.clamp(min=0))
-    known = source >= 0
-    latest = torch.where(known, latest, torch.zeros((), dtype=latest.dtype, device=latest.device))
-    back = ((torch.arange(m, device=start.device) - start[:, None]) % m)[:, None].expand(shape)
-    end = (latest[..., -1, :].gather(-1, back), known[..., -1, :].gather(-1, back))
-    return latest.flatten(-2), known.flatten(-2), end
+    if periods == 1:
+        held = first[..., :T]
+        parts = [first, torch.where(values.isnan(), held, values)]
+        return torch.cat([*parts, first[..., T:]] if pad else parts, -1)
+    rest = torch.nn.functional.pad(values, (0, pad), value=torch.nan) if pad else values
+    grid = torch.cat([first, rest], -1).unflatten(-1, (periods + 1, m))
+    place = torch.arange(periods + 1, device=first.device)[:, None]
+    # the first row has the place 0 in any case: where nothing was seen it holds NaN
+    source = torch.where(grid.isnan(), 0, place).cummax(-2).values
+    return grid.gather(-2, source).flatten(-2)

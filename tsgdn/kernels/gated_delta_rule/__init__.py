@@ -1,5 +1,6 @@
 """The gated delta rule with state: one op for every linear mixer; the equations are in docs/gated_delta_rule.md."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -7,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsgdn.kernels.choice import kernel_for
+from tsgdn.kernels.choice import kernel_for, without_autocast
 from tsgdn.kernels.gated_delta_rule.chunkwise import chunkwise
 from tsgdn.kernels.gated_delta_rule.step import step
 from tsgdn.kernels.readout import readout as gated_norm
+from tsgdn.kernels.replicas import rowwise
 from tsgdn.kernels.unit_length import unit_length
 
 __all__ = ["Readout", "gated_delta_rule"]
@@ -85,53 +87,72 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes that do not fit.
-        RuntimeError: `TSGDN_KERNEL=triton` without Triton.
+        RuntimeError: `TSGDN_KERNEL=triton` without Triton; `cu_seqlens` under `torch.vmap`.
     """
     check_inputs(q, k, v, log_decay, beta, erase, delta, state, chunk, cu_seqlens, segments)
     wide = torch.promote_types(v.dtype, torch.float32)
     if state is not None:
         wide = torch.promote_types(wide, state.dtype)
         state = state.to(wide)
-    with torch.autocast(device_type=v.device.type, enabled=False):
+    with without_autocast(v.device.type):
+        given, foldable = (q, k, v, log_decay, beta, erase, state), cu_seqlens is None
+        how = {"delta": delta, "norm": norm, "cu_seqlens": cu_seqlens}
         if v.numel() and kernel_for(v.device, wide) == "triton":
             from tsgdn.kernels.gated_delta_rule.fused import run
 
-            after = None if readout is None else (*readout[:3], readout.activation == "sigmoid", readout.norm_first)
-            o, end, rho = run(
-                q, k, v, log_decay, beta, erase, delta, state,
-                norm=norm, scale=float(scale), cu_seqlens=cu_seqlens, want_end=end_state, want_rho=residual,
-                readout=after, segments=segments,
-            )  # fmt: skip
-            end = end if end_state else None
-            return (o, end, rho) if residual else (o, end)
-        if norm:
-            q, k = unit_length(q).to(v.dtype), unit_length(k).to(v.dtype)
-        if scale != 1:
-            q = q * scale
-        if k.shape[2] != v.shape[2]:
-            q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q, k))
-        given = (q, k, v, log_decay, beta, erase)
-        if cu_seqlens is None:
-            o, end, rho = _in_torch(*given, delta, state, wide, chunk)
+            gate, weight, *after = readout or (None, None)
+            wanted = {"want_end": end_state, "want_rho": residual, "segments": segments}
+            fn = partial(run, **how, **wanted, scale=float(scale), readout=after)
+            o, end, rho = rowwise(fn, (*given, gate), (weight,), foldable=foldable)
         else:
-            ends = cu_seqlens.tolist()
-            parts = [
-                _in_torch(
-                    *(x if x is None else x[:, a:b] for x in given),  # pyright: ignore
-                    delta=delta,
-                    state=None if state is None else state[s : s + 1],
-                    wide=wide,
-                    chunk=chunk,
-                )
-                for s, (a, b) in enumerate(pairwise(ends))
-            ]
-            o, rho = (torch.cat([part[i] for part in parts], 1) for i in (0, 2))
-            end = torch.cat([part[1] for part in parts])
-        if readout is not None:
-            gate, weight, eps, activation, norm_first = readout
-            o = gated_norm(o, gate, weight, eps=eps, activation=activation, norm_first=norm_first)
+            fn = partial(_rows_in_torch, **how, scale=scale, wide=wide, chunk=chunk)
+            o, end, rho = rowwise(fn, given, foldable=foldable)
+            if readout is not None:
+                gate, weight, eps, activation, norm_first = readout
+                o = gated_norm(o, gate, weight, eps=eps, activation=activation, norm_first=norm_first)
     end = end if end_state else None
     return (o, end, rho) if residual else (o, end)
+
+
+def _rows_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    erase: Tensor | None,
+    state: Tensor | None,
+    *,
+    delta: bool,
+    norm: bool,
+    scale: int | float,
+    cu_seqlens: Tensor | None,
+    wide: torch.dtype,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if norm and q.shape[1] == 1:  # for so little work one launch is dearer than a copy
+        q, k = unit_length(torch.stack([q, k])).to(v.dtype).unbind(0)
+    elif norm:
+        q, k = unit_length(q).to(v.dtype), unit_length(k).to(v.dtype)
+    if scale != 1:
+        q = q * scale
+    if k.shape[2] != v.shape[2]:
+        q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q, k))
+    given = (q, k, v, log_decay, beta, erase)
+    if cu_seqlens is None:
+        return _in_torch(*given, delta, state, wide, chunk)
+    parts = [
+        _in_torch(
+            *(x if x is None else x[:, a:b] for x in given),  # pyright: ignore
+            delta=delta,
+            state=None if state is None else state[s : s + 1],
+            wide=wide,
+            chunk=chunk,
+        )
+        for s, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))
+    ]
+    o, rho = (torch.cat([part[i] for part in parts], 1) for i in (0, 2))
+    return o, torch.cat([part[1] for part in parts]), rho
 
 
 def _in_torch(

@@ -16,7 +16,7 @@ from tsgdn.kernels.pointwise import LOG2E
 from tsgdn.kernels.readout_fused import readout_tile
 
 
-@triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP", "eps"])
+@triton.jit(do_not_specialize=["scale", "one", "N", "H", "GROUP", "eps", "PER"])
 @no_type_check
 def forward_kernel(
     q_ptr,
@@ -41,6 +41,7 @@ def forward_kernel(
     N,
     H,
     GROUP,
+    PER,
     q_row,
     q_token,
     k_row,
@@ -75,7 +76,8 @@ def forward_kernel(
 
     KEEP also writes what the backward would compute again: the state at every SAVE tokens and the solve of each chunk.
 
-    READOUT puts the gated RMSNorm into the store; it needs all value channels in one program.
+    READOUT puts the gated RMSNorm into the store; it needs all value channels in one
+    program. PER rows share one gain.
     """
     DT: tl.constexpr = v_ptr.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DT
@@ -167,7 +169,7 @@ def forward_kernel(
             gate = tl.load(
                 gate_base + head * DV + n64 * gate_token + ti[None, :] * gate_token + dv[:, None], mask=of_v, other=0.0
             ).to(tl.float32)
-            weight = tl.load(w_ptr + dv, mask=dv < DV, other=0.0).to(tl.float32)
+            weight = tl.load(w_ptr + row // PER * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
             y = readout_tile(o.to(DT).to(tl.float32), gate, weight, eps, DV, SIGMOID, NORM_FIRST, 0)
             tl.store(y_ptr + token + at_o, y.to(DT), mask=of_v)
         # Also after the last chunk: a branch here would move S out of its registers and back.

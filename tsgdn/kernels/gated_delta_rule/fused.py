@@ -4,6 +4,7 @@ Forward and backward are two ops joined by autograd: they trace under `torch.com
 recompute under `torch.utils.checkpoint`. Nothing is tuned at run time and nothing waits for the device.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,12 +140,17 @@ def forward_op(
     want_rho: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, end state, rho, states and solves kept for the backward, and the readout; what is not wanted is empty."""
+    """o, end state, rho, states and solves kept for the backward, and the readout; what is not wanted is empty.
+
+    `weight` is one gain (Dv,), or sets (P, Dv) that R / P rows share each.
+    """
     (tokens, heads, value_dim), key_dim, rows = v.shape[1:], k.shape[3], _rows(k, cu_seqlens)
     keys, values, config = pinned(key_dim, value_dim, v.dtype)
     q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
     log_decay, beta, erase, state, cu_seqlens = _plain(log_decay, beta, erase, state, cu_seqlens)
-    gate = None if gate is None else _heads_together(gate)
+    sets = 1
+    if gate is not None and weight is not None:
+        gate, weight, sets = _heads_together(gate), weight.contiguous(), weight.numel() // value_dim
     out = _outputs(k, v, cu_seqlens, gate is not None, want_end, want_rho, keep, delta)
     o, end, rho, kept, solve, y = out
     launch = config.forward
@@ -152,7 +158,7 @@ def forward_op(
     if rows * heads and tokens:
         forward_kernel[(rows * heads * tiles,)](  # pyright: ignore
             q, k, v, log_decay, beta, erase, o, rho, state, end, kept, solve, cu_seqlens, gate, weight, y,
-            scale, 1.0, eps, tokens, heads, heads // k.shape[2],
+            scale, 1.0, eps, tokens, heads, heads // k.shape[2], rows // sets,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             0 if gate is None else gate.stride(0), 0 if gate is None else gate.stride(1),
             DK=key_dim, DV=value_dim, BK=keys, BV=width, TILES=tiles, C=launch.chunk, SAVE=config.gradient.chunk,
@@ -432,20 +438,29 @@ def run(
     log_decay: Tensor,
     beta: Tensor,
     erase: Tensor | None,
-    delta: bool,
     state: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
     *,
+    delta: bool,
     norm: bool,
     scale: float,
     cu_seqlens: Tensor | None,
     want_end: bool,
     want_rho: bool,
-    readout: tuple[Tensor, Tensor, float, bool, bool] | None,
+    readout: Sequence[Any],
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (or their readout), end state and residuals (empty unless wanted); arguments as `gated_delta_rule`."""
+    """Outputs (or their readout), end state and residuals (empty unless wanted); arguments as `gated_delta_rule`.
+
+    `readout` holds what a `Readout` has besides `gate` and `weight`, where these are given.
+    """
+    after = None
+    if gate is not None and weight is not None:
+        eps, activation, norm_first = readout
+        after = gate, weight, eps, activation == "sigmoid", norm_first
     gates = (log_decay.float(), beta.float(), None if erase is None else erase.float())
-    leaves = (q, k, v, log_decay, beta, erase, state, *(readout[:2] if readout else ()))
+    leaves = (q, k, v, log_decay, beta, erase, state, gate, weight)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     if v.shape[1] == 1 and cu_seqlens is None:
         o, end, rho = decode_op(q, k, v, *gates, delta, state, norm, scale)
@@ -471,13 +486,13 @@ def run(
         )  # fmt: skip
     else:
         _, values, config = pinned(k.shape[3], v.shape[3], v.dtype)
-        fused = readout is not None and _tiles(config.forward, values)[1] == 1
-        gate, weight, eps, *how = readout if readout is not None and fused else (None, None, 0.0, False, True)
+        fused = after is not None and _tiles(config.forward, values)[1] == 1
+        gate, weight, eps, *how = after if after is not None and fused else (None, None, 0.0, False, True)
         o, end, rho, _, _, y = forward_op(
             q, k, v, *gates, state, cu_seqlens, gate, weight, scale, eps, *how, delta, norm, want_end, want_rho, keep
         )
         if fused:
             return y, end, rho
-    if readout is not None:
-        o = fused_readout(o, *readout)
+    if after is not None:
+        o = fused_readout(o, *after)
     return o, end, rho

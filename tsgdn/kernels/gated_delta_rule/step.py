@@ -26,16 +26,19 @@ def step(
     def flat(x: Tensor) -> Tensor:
         return x.to(wide).reshape(count, -1)
 
-    decay, keys, queries = flat(log_decay).exp(), flat(k), flat(q)
-    memory, write = state.reshape(count, key_dim, -1), flat(beta) * flat(v)
-    read = decay * queries
+    keys, queries, decay = flat(k), flat(q), flat(log_decay).exp()
+    values, memory = flat(v), state.reshape(count, key_dim, -1)
     if delta:
-        address = flat(beta if erase is None else erase) * keys
-        prediction, seen = torch.bmm(torch.stack([decay * address, read], 1), memory).unbind(1)
-        rho = write - prediction
+        strength = flat(beta)
+        tied = erase is None and beta.dim() == 3  # one number for erasing and writing: it can wait until after the read
+        address = keys if tied else flat(beta if erase is None else erase) * keys
+        read = torch.stack([address, queries], 1) * decay[:, None]
+        prediction, seen = torch.bmm(read, memory).unbind(1)
+        rho = strength * (values - prediction) if tied else strength * values - prediction
     else:
-        seen, rho = torch.bmm(read[:, None], memory)[:, 0], write
-    o = seen + (keys * queries).sum(-1, keepdim=True) * rho
-    end = torch.addcmul(decay[:, :, None] * memory, keys[:, :, None], rho[:, None, :])
+        seen, rho = torch.bmm((decay * queries)[:, None], memory)[:, 0], flat(beta) * values
+    o = torch.addcmul(seen, (keys * queries).sum(-1, keepdim=True), rho)
+    # the product is ours alone: adding to it in place spares a copy of S
+    end = (decay[:, :, None] * memory).addcmul_(keys[:, :, None], rho[:, None])
     shape = (rows, 1, heads, -1)
     return o.view(shape).to(v.dtype), end.view(state.shape), rho.view(shape).to(v.dtype)
