@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import tsgdn
 from tsgdn.checks import split
 from tsgdn.data.clock import Clock
 from tsgdn.data.series import Series
@@ -415,7 +416,7 @@ def _environment(devices: Sequence[str]) -> dict[str, Any]:
         for device in devices
     }
     return {
-        "tsgdn": version("tsgdn"),
+        "tsgdn": tsgdn.__version__,
         "torch": torch.__version__,
         "triton": triton,
         "devices": names,
