@@ -3,21 +3,38 @@
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tsgdn.bench.matching import REGIME_SIZES, UNMATCHED_STATES, regime_sizes
-from tsgdn.bench.retention import blocks, cells, figures, mechanism, references, report, rows, run, scoring, training
+from tsgdn.bench.retention import (
+    blocks,
+    card,
+    cells,
+    figures,
+    mechanism,
+    real,
+    references,
+    report,
+    rows,
+    run,
+    scoring,
+    training,
+)
 from tsgdn.bench.retention.blocks import Feed, Request, make
 from tsgdn.bench.retention.model import RegimeModel, assemble, loss
 from tsgdn.bench.retention.rows import HEADER
 from tsgdn.cli.main import main
 from tsgdn.data.retention import TASKS, block, tokens
 from tsgdn.data.retention.dynamics import IMPULSE
+from tsgdn.data.series import Series
 from tsgdn.evaluation import retention as scores
 from tsgdn.kernels import gated_delta_rule
+from tsgdn.model.artefact import save
+from tsgdn.model.forecaster import Forecaster
 
 TINY = replace(cells.SMOKE, steps=4, batch=2, train_gaps=(4, 6), test_gaps=(16, 24), groups=2)
 TINY = replace(TINY, sequences=(8, 8), choice_sequences=(2, 2))
@@ -210,7 +227,7 @@ def test_every_task_trains_and_is_scored(task, tmp_path, monkeypatch):
     group = cells.report(preset, cells.Unit(task, "gated_linear", 2), 1e-3, 1)
     trained = training.train(group, feed=Feed(), device="cpu", folder=tmp_path, clock=training.Clock())
     assert trained is not None
-    (scores,) = scoring.score(group, trained[0], feed=Feed(), device="cpu")
+    (scores,) = scoring.score(group, trained.replicas, feed=Feed(), device="cpu")
     assert scores["not_finite"] == 0
     for parts in scores["gaps"].values():
         assert np.isfinite(parts["rare"]["error"]).all()
@@ -271,7 +288,7 @@ def plain(path):
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     return [
-        {k: v for k, v in line.items() if k not in varying or (k == "value" and line["metric"] != "train_seconds")}
+        {k: v for k, v in line.items() if k not in varying or (k == "value" and line["unit"] not in ("s", "us"))}
         for line in lines
     ]
 
@@ -380,6 +397,9 @@ def test_the_plan_tells_cells_and_pieces_and_trains_nothing(tmp_path, capsys):
         (["--budget", "0"], "--budget 0: expected seconds above 0"),
         (["--shard", "3/2"], "--shard 3/2: expected I/N"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--model", "nowhere"], "--model nowhere: "),
+        (["--real", "--sets", "etth1"], "--sets etth1: expected some of vic_elec"),
+        (["--real", "--mixers", "h2,hybrid_3to1"], "takes at least 4 blocks"),
     ],
 )
 def test_misuse_is_one_line_and_nothing_is_written(tmp_path, capsys, given, text):
@@ -430,6 +450,13 @@ def test_a_probe_tells_losses_that_add_up_to_what_survived():
     assert 0 < told["kept_1"] < 1
     told = mechanism.probe(small("T3", "deltanet"), "T3", {}, gap=16, sequences=1)
     assert told["decay_loss"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_training_that_diverged_counts_as_the_memoryless_forecast():
+    part = {"error": [1.0, 2.0], "base": [4.0, 8.0]}
+    cell = {"diverged": False, "scores": {"gaps": {"16": {"rare": part}, "8": {"rare": part}}}}
+    assert rows.curve(cell, "rare")[1] == pytest.approx([0.75, 0.75])
+    assert rows.curve({**cell, "diverged": True}, "rare")[1] == pytest.approx([0, 0])
 
 
 def test_references_that_leave_their_bounds_are_counted(tmp_path):
@@ -522,6 +549,7 @@ def test_a_smoke_run_gives_no_verdict():
     assert verdicts(rows.rows(found)) == {}
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_where_it_has_rows_and_none_is_where_it_has_not(tmp_path):
     rng = np.random.default_rng(0)
     found = family(rng, PLANNED, tasks=("T2", "T5", "T2e"), seeds=2)
@@ -553,3 +581,111 @@ def test_every_figure_is_drawn_where_it_has_rows_and_none_is_where_it_has_not(tm
     text = report.render(lines)
     assert "Table 1. Primary endpoint" in text
     assert "similarity=0.6" in text
+
+
+# ---- measured series, and the card of a fitted model
+
+
+def test_returns_are_told_by_how_long_the_regime_was_away():
+    active = np.zeros(60, bool)
+    active[[2, 3, 4, 10, 11, 40]] = True
+    assert real.returns(active, most=2) == [(2, 2, -1), (10, 2, 5), (40, 1, 28)]
+    assert real.returns(np.zeros(5, bool), most=2) == []
+    assert [real.bin_of(away, 24) for away in (-1, 1, 7 * 24 - 1, 7 * 24, 100 * 24)] == [-1, 0, 0, 7, 90]
+    error = np.ones(60)
+    error[10:12], error[40], error[0] = 3.0, 2.0, np.nan
+    assert real.by_time_away(error, active, first=5, day=4) == {0: (3.0, 1), 7: (2.0, 1)}
+
+
+def test_a_holiday_is_a_local_day():
+    days = real._local_days(
+        Series("a", np.datetime64("2014-12-31T13:00"), "h", np.zeros((1, 25))), "Australia/Melbourne"
+    )
+    assert days[0] == np.datetime64("2015-01-01")
+    assert days[24] == np.datetime64("2015-01-02")
+    assert len(np.unique(np.array(real.MELBOURNE.split(), "M8[D]"))) == 28
+
+
+@pytest.mark.data
+def test_the_measured_sets_have_regimes_that_return_after_the_fitted_part(data_root):
+    for name in real.SETS:
+        found = real.marked(name)
+        late = [r for one in found for r in real.returns(one.active, most=one.day) if r.start > 0.6 * len(one.series)]
+        assert len(late) >= 5
+        assert all(0 < one.active.mean() < 0.5 for one in found)
+
+
+@pytest.mark.slow
+def test_measured_series_are_fitted_and_reported(tmp_path, monkeypatch):
+    t = np.arange(720)
+    values = 10 + np.sin(2 * np.pi * t / 24) + 0.1 * np.random.default_rng(0).standard_normal(720)
+    active = (t // 24) % 7 == 3
+    series = Series("a", np.datetime64("2020-01-01"), "h", np.where(active, values + 3, values)[None])
+    monkeypatch.setattr(real, "marked", lambda name: [real.Marked(series, active, 24)])
+    monkeypatch.setattr(real, "SETS", ("made_up",))
+    command = ["bench", "retention", "--real", "--mixers", "gated_deltanet", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    lines = report.read(tmp_path / "results.csv")
+    assert [(line["task"], line["metric"], line["gap"], line["n"]) for line in lines] == [
+        ("made_up", "return_error", "0", "1")
+    ]
+    assert float(lines[0]["value"]) > 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| made_up | gated_deltanet |" in text
+    assert report.render(lines) == text
+    assert main([*command, "--budget", "1"]) == 0  # nothing is left to do
+
+
+def test_a_twin_differs_in_the_rare_visits_alone():
+    asked = card.streams(3, steps=512)
+    assert len(asked) == 3
+    for one in asked:
+        assert len(one.stream) == len(one.twin) == one.at + card.SCORED
+        apart = np.abs(one.stream - one.twin).max(1)
+        assert apart[0] < 1e-5
+        assert apart.max() > 0.1  # the rare law ruled before
+        assert one.away > 0
+        # Until its first rare visit the twin is the stream, and the noise is the same: they meet again.
+        assert apart[one.at - 1] < apart.max()
+
+
+class Knowing:
+    """Forecasts the streams' own continuation, and nothing for twins."""
+
+    calls = 0
+
+    def __init__(self):
+        self.model = SimpleNamespace(patch_size=8, config={"known_features": 2, "patches_ahead": 1})
+
+    def forecast_origins(self, series, horizon, levels, *, first):
+        origins = np.arange(8, len(series) + 1, 8)
+        origins = origins[(origins >= first) & (origins < len(series))]
+        whole = np.pad(series.values[0], (0, 8))
+        twin = Knowing.calls // 4 % 2
+        Knowing.calls += 1
+        return origins, np.stack([whole[o : o + 8][None, :, None] * (1 - twin) for o in origins])
+
+
+def test_a_card_tells_what_was_kept(monkeypatch):
+    monkeypatch.setattr(card, "STEPS", 512)
+    drawn = card.streams
+    monkeypatch.setattr(card, "streams", lambda count, seed: drawn(count, seed=seed, steps=512))
+    found = card.measure(Knowing(), count=4)
+    assert found["error"] == [0, 0, 0]
+    assert found["twin"] == [1, 1, 1]
+    assert found["kept"][0] == pytest.approx(1)
+    assert sum(n for *_, n in found["by_away"]) == 4
+    text = card.render(found)
+    assert "keeps something of it" in text
+    assert "| kept (twin minus own) | 1.000" in text
+
+
+def test_a_fitted_model_gets_its_card_at_the_command_line(tmp_path, monkeypatch, capsys):
+    model = Forecaster(patch_size=8, patches_ahead=1, seasons=[1], width=16, depth=1, mixer_args={"key_dim": 8})
+    save(model, tmp_path / "model", series={"freq": "h", "horizon": 8})
+    drawn = card.streams
+    monkeypatch.setattr(card, "streams", lambda count, seed: drawn(2, seed=seed, steps=512))
+    assert main(["bench", "retention", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "retention_card.md"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert path.read_text().startswith("# Retention card")

@@ -41,6 +41,7 @@ def render(lines: Lines) -> str:
         ("Table 3. Parameters and state bytes", _sizes(lines)),
         ("Table 4. References", _references(lines)),
         ("Table 5. Controls", _controls(lines)),
+        ("Measured series: error at a return over the usual error, by days away", _real(lines)),
     ):
         if table:
             out += [f"## {title}", "", *table, ""]
@@ -139,6 +140,21 @@ def _controls(lines: Lines) -> list[str]:
         if line["phase"] == "control"
     ]
     return _table(["task", "who", "gap", "control", "measured", "from", "to"], body, 4)
+
+
+def _real(lines: Lines) -> list[str]:
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for line in lines:
+        if line["phase"] == "real":
+            bins = found.setdefault((line["task"], line["mixer"]), {})
+            bins.setdefault(int(line["gap"]), []).append(float(line["value"]))
+    order = sorted({low for bins in found.values() for low in bins})
+    heads = ["never before" if low < 0 else f"{low} days or more" for low in order]
+    body = [
+        [*key, *(f"{sum(bins[low]) / len(bins[low]):.3f}" if low in bins else "" for low in order)]
+        for key, bins in found.items()
+    ]
+    return _table(["set", "mixer", *heads], body, 2)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> list[str]:

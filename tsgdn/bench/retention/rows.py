@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsgdn.bench.record import COLUMNS
+from tsgdn.data.retention import SUITE_VERSION
 from tsgdn.evaluation.retention import (
     Difference,
     aurc,
@@ -70,6 +71,20 @@ def of_references(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def of_real(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the measured series: error at a return over the usual error, by days away (`gap`; -1: never there)."""
+    empty = dict.fromkeys(HEADER, "")
+    return [
+        empty
+        | one["origin"]
+        | {"suite": SUITE_VERSION, "preset": "real", "phase": "real", "task": one["set"], "mixer": one["mixer"]}
+        | {"seed": one["seed"], "dtype": "float32", "config": json.dumps({"epochs": one["epochs"]})}
+        | {"metric": "return_error", "gap": low, "value": _told(ratio), "n": count}
+        for one in measured
+        for low, ratio, count in one["bins"]
+    ]
+
+
 def out_of_bounds(lines: Iterable[Mapping[str, str]]) -> int:
     """How many references are not where they are known to be."""
     return sum(
@@ -80,7 +95,12 @@ def out_of_bounds(lines: Iterable[Mapping[str, str]]) -> int:
 
 
 def errors(cell: dict[str, Any], part: str, what: str = "error") -> np.ndarray:
-    """(G, N): sums of a part over groups of sequences, gaps rising."""
+    """(G, N): sums of a part over groups of sequences, gaps rising.
+
+    A training that diverged counts as the memoryless forecast, as the pre-registration says.
+    """
+    if what == "error" and cell.get("diverged"):
+        what = "base"
     gaps = sorted(cell["scores"]["gaps"], key=int)
     return np.array([cell["scores"]["gaps"][gap][part][what] for gap in gaps])
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from tsgdn.bench.record import provenance
-from tsgdn.bench.retention import cells, figures, mechanism, references, report, rows, scoring, training
+from tsgdn.bench.retention import cells, figures, mechanism, real, references, report, rows, scoring, training
 from tsgdn.bench.retention.blocks import Feed, shape_of
 from tsgdn.bench.retention.cells import Cell, Entry, Group, Preset
-from tsgdn.bench.retention.training import FIXED_GAPS, Clock, say
+from tsgdn.bench.retention.training import FIXED_GAPS, Clock, Trained, say
 from tsgdn.evaluation.retention import aurc, retention
 
 LEAST_SECONDS = 15.0
@@ -91,26 +91,33 @@ def run(options: Options) -> dict[str, Any]:
     _write(options.out / "env.json", origin | {"python": sys.version.split()[0], "numpy": np.__version__})
     feed = Feed(options.workers)
     failed: set[str] = set()
-    slowest = 30.0 if options.device.startswith("cuda") else 2.0
+    slowest, worked = 30.0 if options.device.startswith("cuda") else 2.0, False
+    least = LEAST_SECONDS if options.budget is None else min(LEAST_SECONDS, options.budget / 4)
     try:
         for group in _todo(options, store, failed):
-            if clock.left() < LEAST_SECONDS:
+            if clock.left() < least:
                 break
             told, total = _counts(options, store)
             say(f"[{told}/{total}] {group.describe()}")
+            trained: Trained | None = None
             try:
                 trained = training.train(
                     group, feed=feed, device=options.device, folder=options.out / "checkpoints", clock=clock
                 )
-                if trained is None or clock.left() < min(slowest, options.budget or slowest):
+                if trained is None:
+                    break
+                worked = worked or trained.steps > 0
+                if worked and clock.left() < slowest:  # scores are for the next piece, which begins with them
                     break
                 begin = time.monotonic()
-                store.add(group.id, _finish(group, *trained, options, feed, origin, store))
-                slowest = max(slowest, time.monotonic() - begin)
+                store.add(group.id, _finish(group, trained, options, feed, origin, store))
+                slowest, worked = max(slowest, time.monotonic() - begin), True
             except (RuntimeError, ValueError, FloatingPointError) as error:
                 failed.add(group.id)
                 say(f"  failed: {error}")
                 continue
+            finally:
+                trained = None  # its memory is wanted for the next group
             (options.out / "checkpoints" / f"{group.id}.pt").unlink(missing_ok=True)
     finally:
         feed.close()
@@ -131,14 +138,66 @@ def run(options: Options) -> dict[str, Any]:
     }
 
 
+def run_real(
+    sets: Sequence[str],
+    mixers: Sequence[str],
+    seeds: int,
+    *,
+    out: Path,
+    device: str = "cpu",
+    budget: float | None = None,
+    epochs: int = 12,
+) -> dict[str, Any]:
+    """Measures what is left of the real sets, and renders; counts and paths as of `run`.
+
+    Args:
+        sets: of `real.SETS`.
+        mixers: names.
+        seeds: 0 to `seeds` - 1.
+        out: folder that holds everything.
+        device: cpu or cuda.
+        budget: seconds; a fit is not begun when the slowest so far would not fit in.
+        epochs: at most, per fit.
+
+    Raises:
+        DataNotFound: a set is not here.
+    """
+    clock, origin = Clock(budget), provenance(device)
+    wanted = [(name, mixer, seed) for seed in range(seeds) for name in sets for mixer in mixers]
+    for name in sets:
+        real.marked(name)
+    slowest, failed = 0.0, 0
+    for number, (name, mixer, seed) in enumerate(wanted, 1):
+        path = out / "real" / f"{name}-{mixer}-{seed}-{epochs}.json"
+        if path.is_file() or clock.left() < slowest:
+            continue
+        begin = time.monotonic()
+        try:
+            found = real.measure(name, mixer, seed, epochs=epochs, accelerator="gpu" if device == "cuda" else "cpu")
+        except (RuntimeError, ValueError) as error:
+            failed += 1
+            say(f"[{number}/{len(wanted)}] {name} {mixer} {seed}: {error}")
+            continue
+        real.write(path, found, origin)
+        slowest = max(slowest, time.monotonic() - begin)
+        told = ", ".join(f"{low} days {ratio:.2f}" for low, ratio, _ in found["bins"])
+        say(f"[{number}/{len(wanted)}] {name} {mixer} {seed}: {told}")
+    done = sum((out / "real" / f"{name}-{mixer}-{seed}-{epochs}.json").is_file() for name, mixer, seed in wanted)
+    say(f"{done} of {len(wanted)} fits done")
+    path = render(out, list(Store(out).cells.values()))
+    told = None if path is None else str(path)
+    return {"done": done, "cells": len(wanted), "failed": failed, "checks_failed": 0, "out": str(out), "report": told}
+
+
 def render(out: Path, found: Sequence[dict[str, Any]]) -> Path | None:
     """Writes results.csv from the cells, then figures and report.md from results.csv alone."""
-    if not found:
+    measured = [json.loads(path.read_text("utf-8")) for path in sorted((out / "real").glob("*.json"))]
+    if not found and not measured:
         return None
     ordered = sorted(found, key=lambda cell: json.dumps(cell["cell"], sort_keys=True))
     checks = out / "references.json"
     known = json.loads(checks.read_text("utf-8")) if checks.is_file() else []
-    report.write(out / "results.csv", rows.of_references(known) + rows.rows(ordered))
+    report.write(out / "results.csv", rows.of_references(known) + rows.rows(ordered) + rows.of_real(measured))
     lines = report.read(out / "results.csv")
     figures.draw(lines, out / "figures")
     path = out / "report.md"
@@ -198,9 +257,10 @@ def merit(cell: dict[str, Any]) -> float:
 
 
 def _finish(
-    group: Group, replicas: Any, seconds: float, options: Options, feed: Feed, origin: dict[str, Any], store: Store
+    group: Group, trained: Trained, options: Options, feed: Feed, origin: dict[str, Any], store: Store
 ) -> list[dict[str, Any]]:
     """Scores the trained replicas and makes their files' content."""
+    replicas = trained.replicas
     scores = scoring.score(group, replicas, feed=feed, device=options.device)
     held: list[dict[str, float]] = [{} for _ in group.cells]
     if group.first.phase == "report":
@@ -226,7 +286,7 @@ def _finish(
                 "origin": origin,
                 "diverged": bool(diverged[r]),
                 "choice": _choice(options.preset, group, store, cell),
-                "cost": {"train_seconds": round(seconds, 3), "replicas": len(group.cells)},
+                "cost": {"train_seconds": round(trained.seconds, 3), "replicas": len(group.cells)},
                 "scores": scores[r],
                 "controls": held[r],
                 "latency": latency,

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,9 +69,17 @@ def data_seeds(group: Group) -> tuple[tuple[int, ...], list[int]]:
     return seeds, [seeds.index(cell.seed) for cell in group.cells]
 
 
+class Trained(NamedTuple):
+    """Replicas after their last step, the seconds that all their steps took, and how many were taken just now."""
+
+    replicas: Replicas
+    seconds: float
+    steps: int
+
+
 def train(
     group: Group, *, feed: Feed, device: str, folder: Path, clock: Clock, reserve: float | int = 5.0
-) -> tuple[Replicas, float] | None:
+) -> Trained | None:
     """Trains a group to its last step, or as far as the time goes.
 
     Args:
@@ -83,7 +91,7 @@ def train(
         reserve: seconds of it that are kept for the checkpoint.
 
     Returns:
-        The replicas and the seconds their training took in all; None where the time has run out: all is on disk.
+        What was trained; None where the time has run out: all is on disk.
     """
     replicas, place = replicas_of(group, device), folder / f"{group.id}.pt"
     spent = 0.0
@@ -93,7 +101,7 @@ def train(
         spent = float(saved["seconds"])
     steps = group.first.preset.steps
     if replicas.steps_done >= steps:
-        return replicas, spent
+        return Trained(replicas, spent, 0)
     begin = stored = told = time.monotonic()
     first = replicas.steps_done
     losses: Tensor | None = None
@@ -118,7 +126,7 @@ def train(
         torch.cuda.synchronize()
     spent += time.monotonic() - begin
     save(place, replicas, spent)
-    return replicas, spent
+    return Trained(replicas, spent, steps - first)
 
 
 def batches_of(group: Group, first: int, feed: Feed, device: str) -> Iterator[dict[str, Tensor]]:
