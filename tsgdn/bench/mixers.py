@@ -223,6 +223,8 @@ def plot(results: Path) -> list[Path]:
         right.set_yticks(range(len(order)), [""] * len(order))
         right.set_xlabel("thousand training tokens per second, CPU")
         right.grid(axis="x", alpha=0.3)
+        for axes in (left, right):
+            axes.set_ylim(-0.6, len(order) - 0.4)
         path = results.parent / f"wql_{task}.png"
         figure.savefig(path, dpi=110)
         plt.close(figure)
