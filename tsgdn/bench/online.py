@@ -41,7 +41,7 @@ from tsgdn.streaming.predictor import StatefulPredictor
 
 HORIZONS = (1, 24, 48)
 UNITS = {"train_seconds": "s", "state_bytes": "B", "us_per_observation": "us"}
-COLD_STARTS = 32  # streams that begin anew, evenly spaced over the test part
+COLD_STARTS = 16  # streams that begin anew, evenly spaced over the test part
 COLD_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -161,7 +161,7 @@ RECIPES: dict[str, Recipe] = {
 
 LEARNING = (
     None,
-    Learning(forget=0.999, prior=100.0),
+    Learning(forget=0.9998, prior=10.0),
     Learning(forget=0.9998, prior=100.0),
     Learning(forget=0.9998, prior=1000.0),
 )

@@ -21,6 +21,7 @@ def plot(root: Path, tasks: Sequence[str], folder: Path, horizons: Sequence[int]
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     written = []
     for task in tasks:
@@ -44,6 +45,9 @@ def plot(root: Path, tasks: Sequence[str], folder: Path, horizons: Sequence[int]
             axes.set_xlabel("row")
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.minorticks_off()
         np.atleast_1d(panels)[0].set_ylabel(f"MSE of the last {window} windows")
         np.atleast_1d(panels)[0].legend(fontsize=8)
         figure.suptitle(f"{task}: {mixer}, seed {seed}", x=0.01, ha="left")
@@ -61,6 +65,9 @@ def plot(root: Path, tasks: Sequence[str], folder: Path, horizons: Sequence[int]
             axes.set_title(f"{horizon} step{'s' * (horizon > 1)} ahead", loc="left", fontsize=10)
             axes.set_xlabel("observations seen")
             axes.grid(alpha=0.3)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.minorticks_off()
         np.atleast_1d(panels)[0].set_ylabel("MSE, mean over streams")
         np.atleast_1d(panels)[0].legend(fontsize=8)
         figure.suptitle(f"{task}: {mixer}, seed {seed}", x=0.01, ha="left")

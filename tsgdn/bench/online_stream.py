@@ -111,9 +111,9 @@ class Corrector:
 
     The residual of a forecast is regressed (`tsgdn.streaming.adapt`) on what was known when it was issued: a constant,
     its own height, where the last value, the last two seasons and the mean of a season lay beside it, the newest
-    residual of its lead, that of its lead one season earlier, and the newest of lead 1. Windows of lead h overlap in
-    h - 1 steps, so a residual counts 1/h. The correction is applied where, over the residuals seen so far, it has a
-    smaller decayed squared error than no correction.
+    residual of its lead, that of its lead one season earlier, the newest of lead 1, and how far the last value has
+    moved from some before it. Windows of lead h overlap in h - 1 steps, so a residual counts 1/h. The correction is
+    applied where, over the residuals seen so far, it has a smaller decayed squared error than no correction.
 
     Args:
         scale: per variate; residuals are in units of it.
@@ -124,7 +124,8 @@ class Corrector:
         every: origins between two solutions.
     """
 
-    FEATURES = 9
+    FEATURES = 12
+    LAGS = (1, 2, 4)
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class Corrector:
         self.contest = adapt.empty_contest(1, V, H)
         # What was issued at the last origins: means, corrections and features, by origin modulo the ring.
         self._ring = (
-            max(H, seasonality * (-(-H // seasonality) + 1)) + 2
+            max(H, seasonality * (-(-H // seasonality) + 1), max(self.LAGS)) + 2
         )  # the oldest that is looked at, two seasons ago
         self._issued = np.full((self._ring, V, H), np.nan)
         self._shift = np.zeros((self._ring, V, H))
@@ -209,6 +210,7 @@ class Corrector:
         newest = origin - 1
         season = origin + leads - 1 - m * -(-leads // m)  # same phase, at most a season before the origin
         slots = season % self._ring
+        last = self._values[newest % self._ring]
         last_season = self._values[slots].T
         before = self._values[(season - m) % self._ring].T
         level = self._values[(newest - np.arange(m)) % self._ring].mean(0)[:, None]
@@ -218,7 +220,7 @@ class Corrector:
         found = np.stack(
             [
                 np.ones_like(frozen),
-                self._values[newest % self._ring][:, None] - frozen,
+                last[:, None] - frozen,
                 last_season - frozen,
                 before - frozen,
                 level - frozen,
@@ -226,6 +228,10 @@ class Corrector:
                 recent,
                 same_phase,
                 np.broadcast_to(recent[:, :1], frozen.shape),
+                *(
+                    np.broadcast_to((self._values[(newest - k) % self._ring] - last)[:, None], frozen.shape)
+                    for k in self.LAGS
+                ),
             ],
             -1,
         )

@@ -1,12 +1,12 @@
-"""Running scores of a live stream: forecast, score, observe. Constant time and memory per scored forecast."""
+"""Running scores of a live stream, and those of the online protocol: forecast, score, observe."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from tsgdn.evaluation.metrics import WQL_LEVELS, level_index, quantile_loss
+from tsgdn.evaluation.metrics import WQL_LEVELS, level_index, level_weights, quantile_loss
 
 
 class RunningSeasonalError:
@@ -121,3 +121,112 @@ class RunningScores:
     def by_lead(self) -> dict[str, Float[np.ndarray, " H"]]:
         """Per step ahead."""
         return self._scores(self._sums)
+
+
+class StreamScores:
+    """Scores of the forecasts made at every step of a stream, per horizon: those of the online protocol.
+
+    A window is an origin with all H steps after it; windows that do not fit are not scored. Errors are those of the
+    mean, in units of `scale`; WQL and coverage are those of the quantiles, in the unit of the series.
+
+    Args:
+        truth: the whole stream; only what is scored is read, NaN is not scored.
+        scale: per variate, the standard deviation of the training rows.
+        levels: of the quantiles; must hold .1, ..., .9.
+        horizons: increasing.
+        first: step of the first target of the first window.
+    """
+
+    def __init__(
+        self,
+        truth: Float[np.ndarray, "V T"],
+        *,
+        scale: Float[np.ndarray, " V"],
+        levels: Sequence[float],
+        horizons: Sequence[int],
+        first: int,
+    ) -> None:
+        self.truth, self.scale = np.asarray(truth, float), np.asarray(scale, float)[:, None]
+        self.levels, self.horizons, self.first = tuple(levels), tuple(horizons), first
+        self._wql = [level_index(levels, q) for q in WQL_LEVELS]
+        self._ends = level_index(levels, 0.1), level_index(levels, 0.9)
+        self._mean = level_weights(levels)
+        # Per horizon: square, absolute error, pinball loss, |label|, covered, labels.
+        self._sums = np.zeros((6, len(self.horizons)))
+        self.windows = np.zeros(len(self.horizons), int)
+        T = self.truth.shape[1]
+        self.by_origin = np.full((len(self.horizons), T), np.nan)
+        """Mean squared error of the windows that begin at each step."""
+
+    def update(
+        self,
+        origins: Int[np.ndarray, " n"],
+        quantiles: Float[np.ndarray, "n V H Q"],
+        mean: Float[np.ndarray, "n V H"] | None = None,
+    ) -> None:
+        """Scores forecasts, of which step 0 is the step `origin`; each origin comes once.
+
+        Args:
+            origins: steps seen when they were made.
+            quantiles: in the unit of the series, of the longest horizon.
+            mean: what squared errors are taken of; default the quantile function, integrated.
+
+        Raises:
+            ValueError: a forecast is NaN, or has other levels or fewer steps.
+        """
+        V, T = self.truth.shape
+        H = self.horizons[-1]
+        if quantiles.shape[1:] != (V, H, len(self.levels)):
+            raise ValueError(f"forecasts are {quantiles.shape[1:]}, expected {(V, H, len(self.levels))}")
+        kept = (origins >= self.first) & (origins < T)
+        origins, quantiles = origins[kept], quantiles[kept]
+        if not len(origins):
+            return
+        mean = quantiles @ self._mean if mean is None else mean[kept]
+        if np.isnan(quantiles).any() or np.isnan(mean).any():
+            raise ValueError(f"a forecast between the origins {origins[0]} and {origins[-1]} holds NaN")
+        steps = origins[:, None] + np.arange(H)
+        truth = np.where(steps < T, self.truth[:, np.minimum(steps, T - 1)], np.nan).transpose(1, 0, 2)
+        error = (truth - mean) / self.scale
+        loss = quantile_loss(target=truth, quantiles=quantiles[..., self._wql], levels=WQL_LEVELS).mean(-1)
+        low, high = (quantiles[..., i] for i in self._ends)
+        parts = np.stack([error**2, np.abs(error), loss, np.abs(truth), (low <= truth) & (truth <= high)])
+        seen = np.isfinite(truth)
+        parts = np.where(seen, parts, 0.0)
+        for i, horizon in enumerate(self.horizons):
+            fits = origins + horizon <= T
+            inside, labels = parts[:, fits, :, :horizon], seen[fits, :, :horizon]
+            self._sums[:5, i] += inside.sum((1, 2, 3))
+            self._sums[5, i] += labels.sum()
+            self.windows[i] += fits.sum()
+            count = labels.sum((1, 2))
+            self.by_origin[i, origins[fits]] = np.where(count > 0, inside[0].sum((1, 2)) / np.maximum(count, 1), np.nan)
+
+    @property
+    def table(self) -> list[dict[str, float | int]]:
+        """A row per horizon: mse, mae, wql, coverage80, windows; NaN where nothing was scored."""
+        square, absolute, loss, label, covered, labels = self._sums
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns = {
+                "mse": square / labels,
+                "mae": absolute / labels,
+                "wql": loss / label,
+                "coverage80": covered / labels,
+            }
+        return [
+            {
+                "horizon": horizon,
+                **{name: float(values[i]) for name, values in columns.items()},
+                "windows": int(self.windows[i]),
+            }
+            for i, horizon in enumerate(self.horizons)
+        ]
+
+
+def rolling_mean(values: Float[np.ndarray, " T"], window: int) -> Float[np.ndarray, " T"]:
+    """The mean of the last `window` values at each step, NaN left out; NaN before the first."""
+    seen = np.isfinite(values)
+    total = np.concatenate([np.zeros(window), np.cumsum(np.where(seen, values, 0.0))])
+    count = np.concatenate([np.zeros(window), np.cumsum(seen)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total[window:] - total[:-window]) / (count[window:] - count[:-window])

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
@@ -481,12 +482,14 @@ class Forecaster(nn.Module):
         if horizon < 1:
             raise ValueError(f"horizon is {horizon}; it must be at least 1")
         P, S = self.patch_size, self.span
-        phase = state.steps % P
-
-        # a series at a patch end needs its last token only, unless silence has kept newer patches out
-        pending = (phase > 0) | (state.skipped > 0) | (state.steps == 0)
-        begin = torch.where(pending, phase, P)
-        least, most, some, every = _look(begin, pending) if len(begin) else (P, P, False, False)
+        # a series at a patch end needs its last token only, unless silence has kept newer patches out;
+        # on the host, where a comparison is cheaper than a launch
+        taken, skipped = torch.stack([state.steps, state.skipped]).numpy(force=True)
+        waits = (taken % P > 0) | (skipped > 0) | (taken == 0)
+        begins = np.where(waits, taken % P, P)
+        least, most = (int(begins.min()), int(begins.max())) if len(begins) else (P, P)
+        some, every = bool(waits.any()), bool(waits.all())
+        pending, begin = (torch.from_numpy(x).to(state.steps.device) for x in (waits, begins))
         rollout = max(0, -(-(most + horizon - S) // P))
         # which steps of a token are computed depends on no other series: nor do the bits of a row
         asked = min(S, P + horizon)
@@ -495,7 +498,7 @@ class Forecaster(nn.Module):
         if some or rollout:
             future = self._future_known(state, known, (rollout + 1) * P + S)
         if some and future is not None:
-            lengths = torch.where(pending, P - phase, 0)
+            lengths = torch.where(pending, P - begin, 0)
             closing = self._unobserved(state, P, future[..., : P + S], lengths)
             closed, end = self._advance(closing, state, as_tokens=True)
             window, first = self._window(closed, slice(0, asked)), 0
@@ -508,21 +511,21 @@ class Forecaster(nn.Module):
         parts = [window]
         if rollout and future is not None:
             # `future` starts at the first forecast step, the copy now stands at `ahead` steps after it
-            ahead = torch.where(pending, P - phase, 0)
+            ahead = torch.where(pending, P - begin, 0)
             for i in range(rollout):
-                index = (ahead + i * P)[:, None] + torch.arange(P + S, device=phase.device)
+                index = (ahead + i * P)[:, None] + torch.arange(P + S, device=begin.device)
                 index = index.clamp(max=future.shape[-1] - 1)[:, None].expand(-1, future.shape[1], -1)
                 step = self._unobserved(state, P, future.gather(-1, index))
                 token, end = self._advance(step, end, as_tokens=True)
                 parts.append(self._window(token, slice(S - P, S)))
         steps = torch.cat(parts, 2) if rollout else window
         if least < most:
-            index = (begin - first)[:, None] + torch.arange(horizon, device=phase.device)
+            index = (begin - first)[:, None] + torch.arange(horizon, device=begin.device)
             steps = steps.gather(2, index[:, None, :, None].expand(-1, steps.shape[1], -1, steps.shape[-1]))
         else:
             steps = steps[:, :, least - first : least - first + horizon]
-        known_at_all = state.scaling.count + state.patching.observed.sum(-1)
-        return torch.where((known_at_all > 0)[..., None, None], steps, torch.nan)
+        known_at_all = (state.scaling.count + state.patching.observed.sum(-1)) > 0
+        return steps if bool(known_at_all.all()) else torch.where(known_at_all[..., None, None], steps, torch.nan)
 
     def _window(self, token: Tokens | None, steps: slice) -> Float64[Tensor, "B V asked Q"]:
         """Some steps of the forecast of each series' only token."""
@@ -533,7 +536,8 @@ class Forecaster(nn.Module):
         return self._window_of(token, steps)
 
     def _window_of(self, token: Tokens, steps: slice | None = None) -> Float64[Tensor, "B V asked Q"]:
-        return self.head(*token, steps).unscaled()[:, :, 0]
+        values, loc, scale, _, _ = self.head(*token, steps)
+        return torch.addcmul(loc[:, :, 0, None, None], scale[:, :, 0, None, None], values[:, :, 0].double())
 
     def _read(self, state: ForecasterState, steps: slice) -> Float64[Tensor, "B V asked Q"]:
         """The forecast of the last token, read off the state."""
@@ -572,9 +576,3 @@ class Forecaster(nn.Module):
         none = torch.zeros(B, V, 0, dtype=torch.float64, device=device)
         values = torch.zeros(B, V, 0, self.span, len(self.quantile_levels), dtype=dtype, device=device)
         return Quantiles(values, none, none, none, torch.zeros(B, 0, dtype=torch.bool, device=device))
-
-
-def _look(begin: Tensor, pending: Tensor) -> tuple[int, int, bool, bool]:
-    """The least and the largest begin, whether some series are pending and whether all are: one look at the device."""
-    least, most, some, every = torch.stack([*begin.aminmax(), pending.any(), pending.all()]).tolist()
-    return least, most, bool(some), bool(every)

@@ -89,15 +89,15 @@ class Patcher:
                 f"the batch has {B} series of {V} variates, the state {tuple(state.values.shape[:2])}: "
                 "a state continues the same series, in the same order"
             )
-        phase = state.steps % P
         together = None
         if not begins:
-            together = _together(phase, batch.lengths, T)
+            together = _together(state.steps, batch.lengths, T, P)
         elif batch.lengths is None:  # at the start of a stream no look at the device: training never waits for it
             together = 0, T
         if together is not None:
-            return self._together(values, observed, known, state, phase, *together)
+            return self._together(values, observed, known, state, *together)
 
+        phase = state.steps % P
         lengths = torch.full_like(state.steps, T) if batch.lengths is None else batch.lengths
         total = phase + lengths
         patches = total // P
@@ -133,7 +133,7 @@ class Patcher:
         return done, rest
 
     def _together(
-        self, values: Tensor, observed: Tensor, known: Tensor, state: PatchingState, phase: Tensor, at: int, steps: int
+        self, values: Tensor, observed: Tensor, known: Tensor, state: PatchingState, at: int, steps: int
     ) -> tuple[Patches, PatchingState]:
         """All series stand `at` one place of their patch and bring as many steps: slices in the place of gathers."""
         P, S = self.patch_size, self.span
@@ -154,7 +154,7 @@ class Patcher:
             observed[..., : N * P].unflatten(-1, (N, P)),
             self._windows(known[..., : max(N - 1, 0) * P + S], N),
             torch.ones(values.shape[0], N, dtype=torch.bool, device=values.device),
-            state.steps - phase if at else state.steps,
+            state.steps - at if at else state.steps,
             True,
         )
         after = PatchingState(state.steps + steps, rest(values, P), rest(observed, P), rest(known, S + P))
@@ -181,11 +181,16 @@ class Patcher:
         return known.unfold(-1, self.span, self.patch_size)
 
 
-def _together(phase: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"] | None, steps: int) -> tuple[int, int] | None:
+def _together(
+    steps: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"] | None, brought: int, P: int
+) -> tuple[int, int] | None:
     """The phase of all series and the steps that each of them brings, if these are the same for all."""
-    if not len(phase):
-        return 0, steps
-    ends = [*phase.aminmax(), *(() if lengths is None else lengths.aminmax())]
-    first, last, *brought = (int(x) for x in ends) if phase.device.type == "cpu" else torch.stack(ends).tolist()
-    least, most = brought or (steps, steps)
-    return (first, most) if first == last and least == most else None
+    if not len(steps):
+        return 0, brought
+    # on the host, where a comparison is cheaper than a launch
+    places = (steps if lengths is None else torch.stack([steps, lengths])).numpy(force=True)
+    phase, given = (places, None) if lengths is None else places
+    phase = phase % P
+    if (phase != phase[0]).any() or (given is not None and (given != given[0]).any()):
+        return None
+    return int(phase[0]), brought if given is None else int(given[0])

@@ -13,6 +13,9 @@ import torch
 
 from tsgdn.streamable import join_rows, map_state, take_rows
 from tsgdn.streaming.pool import Slots, StatePool
+from tsgdn.streaming.watch import Watch
+
+Watched = dict[str, np.ndarray]  # rows of a watch, by name
 
 
 class Anchors:
@@ -21,13 +24,15 @@ class Anchors:
     Args:
         empty: makes the zero state of so many series.
         stride: steps between anchors: the late window, L patches.
+        watch: makes an empty watch, whose rows are kept with the states; None where forecasts are not watched.
 
     Attributes:
         steps: (slots, 2) step of the older and the younger anchor; -1 where there is no older one yet.
     """
 
-    def __init__(self, empty: Callable[[int], Any], *, stride: int) -> None:
+    def __init__(self, empty: Callable[[int], Any], *, stride: int, watch: Callable[[], Watch] | None = None) -> None:
         self.stride = stride
+        self._watches = () if watch is None else (watch(), watch())
         self._pools = (StatePool(empty), StatePool(empty))
         self.steps = np.zeros((0, 2), np.int64)
         self._young = np.zeros(0, np.int64)  # which of the pools holds the younger anchor
@@ -35,26 +40,26 @@ class Anchors:
     @property
     def bytes_per_slot(self) -> int:
         """Bytes of anchors per series."""
-        return 2 * self._pools[0].bytes_per_slot + 3 * 8
+        return 2 * self._pools[0].bytes_per_slot + 3 * 8 + sum(watch.bytes_per_slot for watch in self._watches)
 
     def grow(self, capacity: int) -> None:
         """Makes room for so many slots."""
         more = capacity - len(self.steps)
         if more > 0:
-            for pool in self._pools:
+            for pool in (*self._pools, *self._watches):
                 pool.grow(capacity)
             self.steps = np.concatenate([self.steps, np.tile(np.array([-1, 0]), (more, 1))])
             self._young = np.append(self._young, np.zeros(more, np.int64))
 
     def shrink(self, capacity: int) -> None:
         """Gives back the room beyond so many slots."""
-        for pool in self._pools:
+        for pool in (*self._pools, *self._watches):
             pool.shrink(capacity)
         self.steps, self._young = self.steps[:capacity].copy(), self._young[:capacity].copy()
 
     def clear(self, slots: Slots) -> None:
         """Makes series as if never seen."""
-        for pool in self._pools:
+        for pool in (*self._pools, *self._watches):
             pool.clear(slots)
         self.steps[slots], self._young[slots] = (-1, 0), 0
 
@@ -63,6 +68,8 @@ class Anchors:
         if len(source):
             for pool in self._pools:
                 pool.put(target, map_state(torch.clone, pool.take(source)))
+            for watch in self._watches:
+                watch.put(target, watch.rows(source))
             self.steps[target], self._young[target] = self.steps[source], self._young[source]
             self.clear(source)
 
@@ -77,24 +84,43 @@ class Anchors:
         older = younger - self.stride
         return np.where(older > at, older, np.where(younger > at, younger, end))
 
-    def note(self, slots: Slots, steps: np.ndarray, state: Any) -> None:
+    def note(self, slots: Slots, steps: np.ndarray, state: Any, watched: Watched | None = None) -> None:
         """Takes these states as the younger anchors; what was the younger one is the older one now."""
         for side, pool in enumerate(self._pools):
             rows = np.flatnonzero(self._young[slots] != side)
             if len(rows):
                 pool.put(slots[rows], _rows(state, rows))
+                if self._watches and watched is not None:
+                    self._watches[side].put(slots[rows], {name: array[rows] for name, array in watched.items()})
         self._young[slots] = 1 - self._young[slots]
         self.steps[slots] = np.stack([self.steps[slots, 1], steps], 1)
 
-    def restore(self, slots: Slots, first: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The latest anchored states at or before the steps `first` (B,), and their steps; younger ones are dropped."""
+    def restore(self, slots: Slots, first: np.ndarray) -> tuple[Any, Watched, np.ndarray]:
+        """The latest anchored states at or before the steps `first` (B,), the watch's rows and their steps.
+
+        Younger anchors are dropped.
+        """
         back = self.steps[slots, 1] > first
         self._young[slots] ^= back
         self.steps[slots[back]] = np.stack([np.full(int(back.sum()), -1), self.steps[slots[back], 0]], 1)
         sides = [np.flatnonzero(self._young[slots] == side) for side in (0, 1)]
         parts = [pool.take(slots[rows]) for pool, rows in zip(self._pools, sides, strict=True) if len(rows)]
         state = _rows(join_rows(parts), np.argsort(np.concatenate(sides), kind="stable"))
-        return state, self.steps[slots, 1]
+        return state, self._watched(slots, self._young[slots]), self.steps[slots, 1]
+
+    def _watched(self, slots: Slots, side: np.ndarray) -> Watched:
+        """The watch's rows of the anchors on these sides (B,)."""
+        if not self._watches:
+            return {}
+        first, second = (watch.rows(slots) for watch in self._watches)
+        for name, array in first.items():
+            array[side == 1] = second[name][side == 1]
+        return first
+
+    def watched(self, slots: Slots) -> tuple[Watched, Watched]:
+        """Copies of the watch's rows that belong to the older and the younger anchors; empty where there is none."""
+        young = self._young[slots]
+        return self._watched(slots, 1 - young), self._watched(slots, young)
 
     def rows(self, slots: Slots) -> tuple[Any, Any, np.ndarray]:
         """Copies of the older and the younger anchors, and their steps (B, 2)."""
@@ -108,10 +134,14 @@ class Anchors:
 
         return chosen(young == 0), chosen(young == 1), self.steps[slots].copy()
 
-    def put(self, slots: Slots, older: Any, younger: Any, steps: np.ndarray) -> None:
+    def put(
+        self, slots: Slots, older: Any, younger: Any, steps: np.ndarray, watched: tuple[Watched, Watched] = ({}, {})
+    ) -> None:
         """Writes both anchors."""
         self._pools[0].put(slots, older)
         self._pools[1].put(slots, younger)
+        for watch, rows in zip(self._watches, watched, strict=False):
+            watch.put(slots, rows)
         self.steps[slots], self._young[slots] = steps, 1
 
 

@@ -77,7 +77,7 @@ def verify(
             slot = whole._create({series.item_id: series.start})
             if series.known is not None:
                 whole._features.give(int(slot[0]), 0, series.known)
-            whole._set_static([series])
+            whole._series.set_static({series.item_id: series.static or ()})
             static = whole._pool.take(slot).static
             batch = Batch(
                 values.nan_to_num(nan=0.0).to(predictor._device),

@@ -93,21 +93,25 @@ class StatePool:
     def clear(self, slots: Slots) -> None:
         """Sets rows to "nothing seen yet"."""
         for slab, _, rows in self._parts(slots):
-            map_state(lambda leaf, rows=rows: leaf.index_fill_(0, _index(leaf, rows), 0), slab)
+            index = _Index(rows)
+            map_state(lambda leaf, index=index: leaf.index_fill_(0, index.on(leaf), 0), slab)
 
     def take(self, slots: Slots) -> Any:
         """The states of these slots, in this order. May share memory with the pool: read it, do not write to it."""
         parts = self._parts(slots)
         if len(parts) == 1:
             slab, _, rows = parts[0]
-            if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1)):
-                return map_state(lambda leaf: leaf.narrow(0, int(rows[0]), len(rows)), slab)
-            return map_state(lambda leaf: leaf.index_select(0, _index(leaf, rows)), slab)
+            if _adjoin(rows):
+                begin, count = int(rows[0]), len(rows)
+                return map_state(lambda leaf: leaf.narrow(0, begin, count), slab)
+            index = _Index(rows)
+            return map_state(lambda leaf: leaf.index_select(0, index.on(leaf)), slab)
         whole = self._empty(len(slots))
         for slab, places, rows in parts:
+            to, index = _Index(places), _Index(rows)
             map_state(
-                lambda out, leaf, places=places, rows=rows: out.index_copy_(
-                    0, _index(out, places), leaf.index_select(0, _index(leaf, rows))
+                lambda out, leaf, to=to, index=index: out.index_copy_(
+                    0, to.on(out), leaf.index_select(0, index.on(leaf))
                 ),
                 whole,
                 slab,
@@ -117,13 +121,19 @@ class StatePool:
     def put(self, slots: Slots, state: Any) -> None:
         """Writes the states of these slots, each named once."""
         for slab, places, rows in self._parts(slots):
+            some = _Index(places) if len(places) < len(slots) else None
+            index, begin = _Index(rows), int(rows[0]) if _adjoin(rows) else None
 
-            def write(leaf: Tensor, new: Tensor, places: np.ndarray = places, rows: np.ndarray = rows) -> Tensor:
-                if len(places) < len(slots):
-                    new = new.index_select(0, _index(new, places))
+            def write(
+                leaf: Tensor, new: Tensor, some: Any = some, index: _Index = index, begin: int | None = begin
+            ) -> Tensor:
+                if some is not None:
+                    new = new.index_select(0, some.on(new))
                 elif new.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
                     new = new.clone()  # a leaf that the model handed through is still a view of the pool
-                return leaf.index_copy_(0, _index(leaf, rows), new.to(leaf.dtype))
+                if begin is not None:
+                    return leaf.narrow(0, begin, len(new)).copy_(new)
+                return leaf.index_copy_(0, index.on(leaf), new.to(leaf.dtype))
 
             map_state(write, slab, state)
 
@@ -141,8 +151,24 @@ class StatePool:
         ]
 
 
-def _index(leaf: Tensor, rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows).to(leaf.device)
+class _Index:
+    """Rows as an index on whatever devices leaves lie, sent to each once."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = torch.from_numpy(rows)
+        self._there: dict[torch.device, Tensor] = {self._rows.device: self._rows}
+
+    def on(self, leaf: Tensor) -> Tensor:
+        found = self._there.get(leaf.device)
+        if found is None:
+            found = self._there[leaf.device] = self._rows.to(leaf.device)
+        return found
+
+
+def _adjoin(rows: np.ndarray) -> bool:
+    """Whether rows follow one another."""
+    count = len(rows)
+    return count > 0 and bool(rows[-1] - rows[0] == count - 1) and bool((rows[1:] - rows[:-1] == 1).all())
 
 
 class Ledger:
@@ -163,14 +189,20 @@ class Ledger:
         told: (slots, V, ring) whether someone spoke for the cell, if only to say that it is missing.
         used: number of the latest call that observed the series.
         serial: number of the series among all that were ever created: a slot may have had other owners.
+        reset: step at which silence last emptied the memory, plus one; 0 = never.
+        saved: the fields that make the series; the others follow from them or belong to one process.
+
+    Args:
+        variates: V.
+        ring: steps whose cells are held.
+        resets: whether silence may empty a memory.
     """
 
-    FIELDS = ("start", "grid", "offset", "head", "applied", "values", "recent", "told", "used", "serial")
-    SAVED = ("start", "head", "applied", "values", "recent", "told")
-    """Those that make the series; the others follow from them or belong to one process."""
+    FIELDS = ("start", "grid", "offset", "head", "applied", "values", "recent", "told", "used", "serial", "reset")
 
-    def __init__(self, variates: int, ring: int) -> None:
+    def __init__(self, variates: int, ring: int, *, resets: bool = False) -> None:
         self.ring = ring
+        self.saved = ("start", "head", "applied", "values", "recent", "told", *(("reset",) if resets else ()))
         self.start = np.zeros(0, "datetime64[ns]")
         self.grid = np.zeros(0, np.int64)
         self.offset = np.zeros(0, np.int64)
@@ -181,12 +213,13 @@ class Ledger:
         self.told = np.zeros((0, variates, ring), bool)
         self.used = np.zeros(0, np.int64)
         self.serial = np.zeros(0, np.int64)
+        self.reset = np.zeros(0, np.int64)
 
     @property
     def bytes_per_slot(self) -> int:
         """Bytes of notes per series."""
         variates = self.recent.shape[1]
-        return 8 * 8 + variates * self.ring * 9
+        return 9 * 8 + variates * self.ring * 9
 
     def grow(self, capacity: int) -> None:
         """Makes room for so many slots."""
@@ -227,6 +260,14 @@ class Ledger:
         places = steps % self.ring
         self.recent[slots, :, places] = values
         self.told[slots, :, places] = told
+
+    def forget_after(self, slots: Slots, heads: np.ndarray) -> None:
+        """Puts heads (B,) back, and forgets the cells that lie behind them."""
+        for slot, new, old in zip(slots.tolist(), heads.tolist(), self.head[slots].tolist(), strict=True):
+            gone = np.arange(max(new, old - self.ring), old) % self.ring
+            self.values[slot] -= int((~np.isnan(self.recent[slot][:, gone])).sum())
+            self.recent[slot][:, gone], self.told[slot][:, gone] = np.nan, False
+        self.head[slots] = heads
 
     def write_run(self, slot: int, first: int, values: np.ndarray, told: np.ndarray) -> None:
         """Writes consecutive cells (V, n) of one series from step `first` on; what the ring holds remains."""

@@ -5,7 +5,7 @@ wrong row is set aside and the others go on.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
@@ -64,7 +64,9 @@ class Rows(NamedTuple):
     bad: list[Rejection]
 
 
-def read_rows(data: Any, *, timestamp: Any = None, variates: Sequence[str] = ("target",)) -> Rows:
+def read_rows(
+    data: Any, *, timestamp: Any = None, variates: Sequence[str] = ("target",), known_ids: Container[str] = ()
+) -> Rows:
     """Reads whatever `StatefulPredictor.observe` takes.
 
     Args:
@@ -73,44 +75,52 @@ def read_rows(data: Any, *, timestamp: Any = None, variates: Sequence[str] = ("t
             (item_id, timestamp, value). A value is a number, or V of them.
         timestamp: of every row where the data has none.
         variates: names along V.
+        known_ids: names that need no check, having passed it before.
 
     Raises:
         ValueError: wrong columns, types or number of variates; nothing has been applied.
     """
     if isinstance(data, Rows):
         return data
-    frame = nw.from_native(data, eager_only=True, pass_through=True)
-    if isinstance(frame, nw.DataFrame):
-        return _read_frame(frame, variates)
     if isinstance(data, Mapping):
         if timestamp is None:
             raise ValueError("observe got {item_id: value} without a time: give timestamp=")
         ids = list(data)
-        return from_objects(ids, [timestamp] * len(ids), list(data.values()), variates)
+        return from_objects(ids, [timestamp] * len(ids), list(data.values()), variates, known_ids=known_ids)
     if isinstance(data, tuple) and len(data) == 3 and all(isinstance(part, np.ndarray) for part in data):
         ids, stamps, values = data
         if not len(ids) == len(stamps) == len(values):
             raise ValueError(f"three arrays of one length expected, got {len(ids)}, {len(stamps)} and {len(values)}")
-        return from_objects(ids.tolist(), list(stamps), values.tolist(), variates)
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        return from_objects(ids.tolist(), stamps, values, variates, known_ids=known_ids)
+    if isinstance(data, str | bytes):
         raise ValueError(f"cannot read observations from {type(data).__name__}: give a frame, a mapping or rows")
+    if not isinstance(data, list):
+        frame = nw.from_native(data, eager_only=True, pass_through=True)
+        if isinstance(frame, nw.DataFrame):
+            return _read_frame(frame, variates, known_ids)
+        if not isinstance(data, Iterable):
+            raise ValueError(f"cannot read observations from {type(data).__name__}: give a frame, a mapping or rows")
     rows = list(data)
     width = 2 if timestamp is not None else 3
     for row in rows:
+        if type(row) is tuple and len(row) == width:
+            continue
         if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != width:
             raise ValueError(f"a row is (item_id, {'' if width == 2 else 'timestamp, '}value), got {row!r:.80}")
     stamps = [timestamp] * len(rows) if width == 2 else [row[1] for row in rows]
-    return from_objects([row[0] for row in rows], stamps, [row[-1] for row in rows], variates)
+    ids, values = [row[0] for row in rows], [row[-1] for row in rows]
+    return from_objects(ids, stamps, values, variates, known_ids=known_ids)
 
 
 def from_objects(
     item_ids: list[Any],
-    stamps: list[Any],
-    values: list[Any],
+    stamps: list[Any] | np.ndarray,
+    values: list[Any] | np.ndarray,
     variates: Sequence[str],
     *,
     places: Sequence[int] | None = None,
     bad: list[Rejection] | None = None,
+    known_ids: Container[str] = (),
 ) -> Rows:
     """Rows out of Python objects, each checked; the checks run in bulk where the types allow it.
 
@@ -121,44 +131,34 @@ def from_objects(
         variates: names along V.
         places: positions in the caller's data; 0, 1, ... if not given.
         bad: rows that were set aside before, to be handed on.
+        known_ids: names that need no check, having passed it before.
     """
-    places = range(len(item_ids)) if places is None else places
+    at = np.arange(len(item_ids)) if places is None else np.asarray(places, np.int64)
     bad = [] if bad is None else bad
     keep = np.ones(len(item_ids), bool)
 
     def refuse(i: int, code: str, text: str) -> None:
         if keep[i]:
             keep[i] = False
-            bad.append(Rejection(code, places[i], printable(item_ids[i]), printable(stamps[i]), text))
+            bad.append(Rejection(code, int(at[i]), printable(item_ids[i]), printable(stamps[i]), text))
 
     if set(map(type, item_ids)) <= {str}:
         names = item_ids
     else:
         names = [str(x) if isinstance(x, str | int | np.integer) and not isinstance(x, bool) else "" for x in item_ids]
-    problems = {name: problem for name in set(names) if (problem := item_id_problem(name))}
-    if problems:
-        for i, name in enumerate(names):
-            if name in problems:
-                refuse(i, "item.id", problems[name])
+    if not (known_ids and all(map(known_ids.__contains__, names))):
+        fresh = (name for name in set(names) if name not in known_ids)
+        problems = {name: problem for name in fresh if (problem := item_id_problem(name))}
+        if problems:
+            for i, name in enumerate(names):
+                if name in problems:
+                    refuse(i, "item.id", problems[name])
 
-    nanoseconds = np.zeros(len(names), np.int64)
-    seen: dict[Any, int | tuple[str, str]] = {}
-    for i, stamp in enumerate(stamps):
-        try:
-            parsed = seen.get(stamp)
-        except TypeError:
-            stamp, parsed = repr(stamp), ("ts.type", f"{type(stamp).__name__} is no time: give ISO 8601 text")
-        if parsed is None:
-            parsed = seen[stamp] = _parse_stamp(stamp)
-        if isinstance(parsed, tuple):
-            refuse(i, *parsed)
-        else:
-            nanoseconds[i] = parsed
-
+    nanoseconds = _read_stamps(stamps, refuse)
     matrix = _bulk(values, len(variates))
     if matrix is None:
         matrix = np.full((len(names), len(variates)), np.nan)
-        for i, value in enumerate(values):
+        for i, value in enumerate(values.tolist() if isinstance(values, np.ndarray) else values):
             cells = [value] if len(variates) == 1 and not isinstance(value, list | tuple | np.ndarray) else value
             if not isinstance(cells, list | tuple | np.ndarray) or len(cells) != len(variates):
                 refuse(i, "value.count", f"expected {len(variates)} values ({', '.join(variates)}), got {value!r:.60}")
@@ -169,18 +169,53 @@ def from_objects(
                     refuse(i, *problem)
                 elif cell is not None:
                     matrix[i, v] = float(cell)
-    _refuse_values(matrix, refuse)
-    matrix = sizable(matrix)
+    size = np.abs(matrix)
+    if (size > LARGEST).any():
+        _refuse_values(matrix, refuse)
+    if (size < SMALLEST).any():
+        matrix = sizable(matrix)
+    if keep.all():
+        return Rows(names, nanoseconds.view("datetime64[ns]"), matrix, at, bad)
     kept = np.flatnonzero(keep)
-    if len(kept) == len(names):
-        return Rows(names, nanoseconds.view("datetime64[ns]"), matrix, np.asarray(places, np.int64), bad)
     return Rows(
         [names[i] for i in kept.tolist()],
         nanoseconds[kept].view("datetime64[ns]"),
         matrix[kept],
-        np.asarray(places, np.int64)[kept],
+        at[kept],
         bad,
     )
+
+
+def _read_stamps(stamps: list[Any] | np.ndarray, refuse: Callable[[int, str, str], None]) -> np.ndarray:
+    """Nanoseconds since 1970 UTC; 0 where there is no such time, which is refused."""
+    if isinstance(stamps, np.ndarray):
+        if stamps.dtype.kind == "M" and len(stamps) and np.datetime_data(stamps.dtype)[0] != "generic":
+            years = stamps.astype("M8[Y]").astype(np.int64) + 1970  # NaT is far below
+            if years.min() >= 1678 and years.max() <= 2261:
+                return stamps.astype("M8[ns]").view(np.int64)
+        stamps = list(stamps)
+    nanoseconds = np.zeros(len(stamps), np.int64)
+    if not len(stamps):
+        return nanoseconds
+    same = isinstance(stamps[0], str | datetime | np.datetime64) and stamps.count(stamps[0])
+    if same == len(stamps):  # one for all, by identity first
+        parsed = parse_stamp(stamps[0])
+        if not isinstance(parsed, tuple):
+            nanoseconds[:] = parsed
+            return nanoseconds
+    seen: dict[Any, int | tuple[str, str]] = {}
+    for i, stamp in enumerate(stamps):
+        try:
+            parsed = seen.get(stamp)
+        except TypeError:
+            stamp, parsed = repr(stamp), ("ts.type", f"{type(stamp).__name__} is no time: give ISO 8601 text")
+        if parsed is None:
+            parsed = seen[stamp] = parse_stamp(stamp)
+        if isinstance(parsed, tuple):
+            refuse(i, *parsed)
+        else:
+            nanoseconds[i] = parsed
+    return nanoseconds
 
 
 def item_id_problem(item_id: str) -> str | None:
@@ -206,7 +241,7 @@ def printable(value: Any, limit: int = 80) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def _read_frame(frame: nw.DataFrame[Any], variates: Sequence[str]) -> Rows:
+def _read_frame(frame: nw.DataFrame[Any], variates: Sequence[str], known_ids: Container[str]) -> Rows:
     columns = frame.columns
     wanted = column_roles(columns, variates)
     item, time, *targets = wanted
@@ -219,11 +254,11 @@ def _read_frame(frame: nw.DataFrame[Any], variates: Sequence[str]) -> Rows:
         column = frame[time]
         if column.dtype.time_zone is not None:  # pyright: ignore[reportAttributeAccessIssue]
             column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        stamps = list(np.asarray(column.to_numpy()))  # in their own unit: nanoseconds may not reach that far
+        stamps: Any = np.asarray(column.to_numpy())  # in their own unit: nanoseconds may not reach that far
     else:
         stamps = frame[time].to_list()
     values = np.stack([np.asarray(frame[name].cast(nw.Float64).to_numpy(), np.float64) for name in targets], axis=1)
-    return from_objects(names, stamps, values[:, 0].tolist() if len(targets) == 1 else values.tolist(), variates)
+    return from_objects(names, stamps, values, variates, known_ids=known_ids)
 
 
 def column_roles(columns: Sequence[str], variates: Sequence[str]) -> list[str]:
@@ -253,7 +288,11 @@ def column_roles(columns: Sequence[str], variates: Sequence[str]) -> list[str]:
     return roles
 
 
-def _bulk(values: list[Any], variates: int) -> np.ndarray | None:
+def _bulk(values: list[Any] | np.ndarray, variates: int) -> np.ndarray | None:
+    if isinstance(values, np.ndarray):
+        wanted = (len(values), variates)
+        plain = values.dtype.kind in "fiu" and (values.shape == wanted or (variates == 1 and values.ndim == 1))
+        return values.astype(np.float64).reshape(wanted) if plain else None
     if variates == 1:
         if not set(map(type, values)) <= {float, int, np.float64, type(None)}:
             return None
@@ -294,13 +333,13 @@ def read_stamp(time: Any) -> np.datetime64:
     Raises:
         ValueError: it is no time, or one that nanoseconds do not reach.
     """
-    parsed = _parse_stamp(time)
+    parsed = parse_stamp(time)
     if isinstance(parsed, tuple):
         raise ValueError(parsed[1])
     return np.datetime64(parsed, "ns")
 
 
-def _parse_stamp(stamp: Any) -> int | tuple[str, str]:
+def parse_stamp(stamp: Any) -> int | tuple[str, str]:
     """Nanoseconds since 1970 UTC, or the code and text of what is wrong."""
     if hasattr(stamp, "to_datetime64") and getattr(stamp, "tzinfo", None) is None:
         stamp = stamp.to_datetime64()  # a pandas Timestamp or NaT

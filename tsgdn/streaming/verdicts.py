@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from tsgdn.data.clock import Clock, show
 from tsgdn.streaming.pool import Ledger
-from tsgdn.streaming.rows import Rejection, Rows
+from tsgdn.streaming.rows import Rejection, Rows, read_stamp
 
 CENTURIES = np.timedelta64(290 * 365, "D")  # int64 nanoseconds reach 292 years
 
@@ -31,6 +32,9 @@ class ObserveReport(NamedTuple):
         first: per code the item, timestamp and text of the first row set aside.
         set_aside: all of them.
         revised: late or corrected rows within the late window; the state is as if they had come in order.
+        pit: where forecasts are watched, the probability that the forecast issued before the patch of each value gave
+            to smaller ones: uniform if forecasts are right. NaN where a row was set aside, repeated what is known, or
+            was not forecast.
     """
 
     accepted: int = 0
@@ -43,6 +47,7 @@ class ObserveReport(NamedTuple):
     held: int = 0
     set_aside: tuple[Rejection, ...] = ()
     revised: int = 0
+    pit: Float64[np.ndarray, "rows V"] | None = None
 
 
 class Held(NamedTuple):
@@ -64,6 +69,7 @@ class Books(NamedTuple):
         held: rows that wait for others to agree with them.
         registered: series that may come though unknown.
         window: the first step of a slot whose cell may still be revised; none if not given.
+        pinned: series that do not make room for others.
     """
 
     slots: Mapping[str, int]
@@ -72,6 +78,7 @@ class Books(NamedTuple):
     held: Mapping[str, list[Held]]
     registered: Set[str]
     window: Callable[[int], int] | None = None
+    pinned: frozenset[str] | set[str] = frozenset()
 
 
 class Plan:
@@ -89,8 +96,30 @@ class Plan:
         self.held: dict[str, list[Held]] = {}  # replaces what is held of these items
         self.evicted = 0  # how many series make room for those created
         self.accepted = self.duplicate = self.missing = self.gap = self.holding = self.revised = 0
-        self.touched: list[str] = []
         self.known = np.zeros(0, np.int64)  # slots of series that rows came for
+        self.taken: list[tuple[np.ndarray, ...]] = []  # places, keys, steps, rows within `Rows` of rows taken in
+
+    def placed(self) -> tuple[np.ndarray, ...]:
+        """Places in the call, keys, steps and places within `Rows` of the rows of this call that are taken in."""
+        if not self.taken:
+            return tuple(np.zeros(0, np.int64) for _ in range(4))
+        return tuple(np.concatenate(parts) for parts in zip(*self.taken, strict=True))
+
+    def report(self, pit: np.ndarray | None = None) -> ObserveReport:
+        """What became of the rows."""
+        if not self.bad:
+            return ObserveReport(
+                self.accepted, self.duplicate, 0, self.gap, self.missing, 0, {}, self.holding, (), self.revised, pit
+            )
+        self.bad.sort(key=lambda bad: -1 if bad.row is None else bad.row)
+        first: dict[str, tuple[str, str, str]] = {}
+        for bad in self.bad:
+            first.setdefault(bad.code, (bad.item_id, bad.timestamp, bad.text))
+        late = sum(bad.code == "ts.late" for bad in self.bad)
+        return ObserveReport(
+            self.accepted, self.duplicate, late, self.gap, self.missing, len(self.bad) - late, first, self.holding,
+            tuple(self.bad), self.revised, pit,
+        )  # fmt: skip
 
 
 class Judge:
@@ -104,6 +133,8 @@ class Judge:
         create: whether unknown series are welcome.
         replace: whether another value for a cell within the late window takes the place of the first.
         evict: whether series that are not in the call make room for new ones.
+        nearest: whether rows within a tenth of a step of the grid move onto it.
+        max_future_skew: seconds by which a row may be ahead of when it was received; None = any number.
     """
 
     def __init__(
@@ -116,19 +147,38 @@ class Judge:
         create: bool,
         replace: bool = False,
         evict: bool = False,
+        nearest: bool = False,
+        max_future_skew: int | float | None = None,
     ) -> None:
         self.clock, self.variates = clock, variates
         self.max_jump, self.max_series, self.create = max_jump, max_series, create
-        self.replace, self.evict = replace, evict
+        self.replace, self.evict, self.nearest = replace, evict, nearest
+        limit: Any = None if max_future_skew is None else np.timedelta64(round(max_future_skew * 1e9), "ns")
+        self.skew: Any = limit
 
-    def __call__(self, rows: Rows, books: Books) -> Plan:
-        """What to do about each row; nothing is changed."""
+    def __call__(self, rows: Rows, books: Books, *, received: Any = None) -> Plan:
+        """What to do about each row; nothing is changed.
+
+        Args:
+            rows: that could be read.
+            books: what is known before.
+            received: when the source got them: one time, or one per row of the call.
+
+        Raises:
+            ValueError: `received` is no time, or not one per row.
+        """
         plan = Plan(list(rows.bad))
         ledger, capacity = books.ledger, books.capacity
         count = len(rows.item_ids)
-        plan.touched = list(dict.fromkeys(rows.item_ids))
-        get = books.slots.get
-        keys = np.fromiter((get(item, -1) for item in rows.item_ids), np.int64, count)
+        future = None if received is None or self.skew is None else self._future(rows, received)
+        try:
+            keys = np.fromiter(map(books.slots.__getitem__, rows.item_ids), np.int64, count)
+        except KeyError:
+            keys = np.fromiter((books.slots.get(item, -1) for item in rows.item_ids), np.int64, count)
+        else:
+            plan.known = keys
+            if future is None and not books.held and self._plain(rows, keys, ledger, plan):
+                return plan
         plan.known = keys[keys >= 0]
         keep = np.ones(count, bool)
 
@@ -138,7 +188,12 @@ class Judge:
                 Rejection(code, int(rows.places[i]), rows.item_ids[i], show(np.datetime64(rows.stamps[i])), text)
             )
 
-        unknown = np.flatnonzero(keys < 0)
+        if future is not None:
+            limit = np.float64(np.asarray(self.skew).astype(np.int64)) / 1e9
+            for i in np.flatnonzero(future).tolist():
+                text = f"the time is more than {limit:g} s after it was received"
+                refuse(i, "ts.future", text)
+        unknown = np.flatnonzero((keys < 0) & keep)
         if len(unknown):
             self._begin(rows, unknown, keys, plan, books, refuse)
         keep &= keys >= 0
@@ -160,6 +215,9 @@ class Judge:
             refuse(int(index[i]), "ts.range", "the time is centuries away from the first of its series")
         steps = np.zeros(len(keys), np.int64)
         steps[~apart], on_grid = self.clock.steps(starts[~apart], stamps[~apart])
+        if self.nearest and not on_grid.all():
+            off = np.flatnonzero(~apart)[~on_grid]
+            steps[off], on_grid[~on_grid] = self._snapped(starts[off], stamps[off], steps[off])
         for i in np.flatnonzero(~apart)[~on_grid].tolist():
             text = f"the time is not on the grid of {self.clock.freq!r} that starts at {show(starts[i])}"
             refuse(int(index[i]), "ts.grid", text)
@@ -189,6 +247,7 @@ class Judge:
         plan.missing += absent
         plan.accepted += len(plain) - absent
         plan.gap += int((ahead[plain] - 1).sum())
+        plan.taken.append((rows.places[index[plain]], keys[plain], steps[plain], index[plain]))
         for begin, size in zip(begins[~single].tolist(), sizes[~single].tolist(), strict=True):
             part = slice(begin, begin + size)
             if odd[begin]:
@@ -196,6 +255,51 @@ class Judge:
             else:
                 plan.runs.append((int(keys[begin]), steps[part], rows.values[index[part]]))
         return plan
+
+    def _plain(self, rows: Rows, keys: np.ndarray, ledger: Ledger, plan: Plan) -> bool:
+        """Plans a call whose rows are the next steps of known series, one each; False if they are anything else."""
+        count = len(keys)
+        if not count:
+            return False
+        order = None
+        if not bool((keys[1:] > keys[:-1]).all()):
+            order = np.argsort(keys, kind="stable")
+            keys = keys[order]
+            if bool((keys[1:] == keys[:-1]).any()):
+                return False
+        stamps: Any = rows.stamps if order is None else rows.stamps[order]
+        starts: Any = ledger.start[keys]
+        low, high = starts.min().astype("M8[D]"), starts.max().astype("M8[D]")
+        if stamps.max().astype("M8[D]") - low > CENTURIES or high - stamps.min().astype("M8[D]") > CENTURIES:
+            return False
+        steps, on_grid = self.clock.steps(starts, stamps)
+        if not bool(on_grid.all()) or not bool((steps == ledger.head[keys]).all()):
+            return False
+        values = rows.values if order is None else rows.values[order]
+        plan.missing = int(np.isnan(values).all(axis=1).sum())
+        plan.accepted = count - plan.missing
+        plan.tick = (keys, steps, values)
+        at = np.arange(count) if order is None else order
+        plan.taken.append((rows.places[at], keys, steps, at))
+        return True
+
+    def _future(self, rows: Rows, received: Any) -> np.ndarray:
+        """Which rows are further ahead of their receipt than is believed."""
+        if isinstance(received, list | tuple | np.ndarray):
+            total = len(rows.item_ids) + len(rows.bad)
+            if len(received) != total:
+                raise ValueError(f"received has {len(received)} times for {total} rows: give one, or one per row")
+            when = np.array([read_stamp(time) for time in received], "M8[ns]")[rows.places]
+        else:
+            when = read_stamp(received)
+        return rows.stamps - when > self.skew
+
+    def _snapped(self, starts: np.ndarray, stamps: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest steps of times that lie between two, and whether they are within a tenth of a step."""
+        low, high = self.clock.timestamp(starts, below), self.clock.timestamp(starts, below + 1)
+        up = high - stamps < stamps - low
+        distance, size = np.where(up, high - stamps, stamps - low).astype(np.int64), (high - low).astype(np.int64)
+        return below + up, 10 * distance <= size
 
     def _begin(
         self,
@@ -209,7 +313,7 @@ class Judge:
         """Gives keys to the rows of series that will be created, and refuses the others."""
         staying = len(books.slots)
         if self.evict and self.max_series is not None:
-            staying = sum(item in books.slots for item in plan.touched)
+            staying = sum(item in books.slots for item in books.pinned.union(rows.item_ids))
         room = None if self.max_series is None else self.max_series - staying
         possible = self.clock.on_grid(rows.stamps[unknown])
         numbers: dict[str, int] = {}
@@ -245,6 +349,7 @@ class Judge:
         spoke: dict[int, np.ndarray] = {}
         fills: dict[int, np.ndarray] = {}
         held = list(books.held.get(item, ()))
+        numbers = {int(rows.places[i]): i for i in index}
 
         def set_aside(row: int | None, stamp: np.datetime64, code: str, text: str) -> None:
             plan.bad.append(Rejection(code, row, item, show(stamp), text))
@@ -255,8 +360,14 @@ class Judge:
                 set_aside(other.row, other.stamp, "ts.jump", far)
             held.clear()
 
-        def take(step: int, values: np.ndarray) -> None:
+        def note(i: int | None, step: int) -> None:
+            if i is not None:
+                place = int(rows.places[i])
+                plan.taken.append(tuple(np.array([x], np.int64) for x in (place, key, step, i)))
+
+        def take(step: int, values: np.ndarray, i: int | None) -> None:
             nonlocal head
+            note(i, step)
             plan.gap += step - head
             head = step + 1
             run[step], spoke[step] = values.copy(), told(values)
@@ -264,7 +375,7 @@ class Judge:
             plan.missing += absent
             plan.accepted += not absent
 
-        def look_back(step: int, values: np.ndarray, row: int, stamp: np.datetime64) -> None:
+        def look_back(step: int, values: np.ndarray, row: int, stamp: np.datetime64, i: int) -> None:
             if step < max(0, old_head - ledger.ring):
                 set_aside(row, stamp, "ts.late", f"the time is before the last {ledger.ring} steps: state untouched")
                 return
@@ -293,6 +404,7 @@ class Judge:
             if not changed.any():
                 plan.duplicate += 1
                 return
+            note(i, step)
             if differs.any() or belated.any():
                 plan.revised += 1
             else:
@@ -305,7 +417,7 @@ class Judge:
         for i, step in zip(index, steps, strict=True):
             values, stamp, row = rows.values[i], rows.stamps[i], int(rows.places[i])
             if step < head:
-                look_back(step, values, row, stamp)
+                look_back(step, values, row, stamp, i)
             elif step - head >= self.max_jump:
                 last = held[-1] if held else None
                 if last is not None and step == last.step:
@@ -319,11 +431,11 @@ class Judge:
                 held.append(Held(step, stamp, values.copy(), row))
                 if len(held) == 3:
                     for other in held:
-                        take(other.step, other.values)
+                        take(other.step, other.values, None if other.row is None else numbers[other.row])
                     held.clear()
             else:
                 drop_held()
-                take(step, values)
+                take(step, values, i)
         plan.fills += [(key, step, values) for step, values in fills.items()]
         plan.held[item] = held
         plan.holding += sum(other.row is not None for other in held)
@@ -337,8 +449,14 @@ def told(values: np.ndarray) -> np.ndarray:
     return given | ~given.any(axis=-1, keepdims=True)
 
 
+def plain(values: np.ndarray) -> list[float | None]:
+    """Values as JSON knows them."""
+    return [None if np.isnan(x) else float(x) for x in values]
+
+
 def joined(a: ObserveReport, b: ObserveReport) -> ObserveReport:
     """The counts of two calls together."""
+    # PITs belong to the rows of one call
     return ObserveReport(
         a.accepted + b.accepted, a.duplicate + b.duplicate, a.late + b.late, a.gap + b.gap, a.missing + b.missing,
         a.rejected + b.rejected, {**b.first, **a.first}, a.held + b.held, a.set_aside + b.set_aside,

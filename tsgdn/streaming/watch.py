@@ -1,6 +1,9 @@
 """Watches forecasts come true: scores, signals, calibrated widths and, if asked for, a correction. O(1) per series.
 
-A predictor calls it at four places; all of them take slots and write rows in place, as `Ledger` does:
+A predictor calls `advance` where it moves states on, with the cells that a state takes in and the forecasts of the
+tokens that they complete; so scores stand where the state stands, whatever order rows came in. In between `peek` says
+what values of an open patch are worth. `advance` does (b) and (a) of what follows in the order of time; who has no
+predictor may do so himself. All take slots and write rows in place, as `Ledger` does:
 
 (a) A patch has closed and its token has been read. `quantiles` are those of the steps after `origin`, in the unit of
     the series, without the token's own patch, NaN where a variate has no value yet; `scale` is the token's. Leave out
@@ -33,265 +36,18 @@ Within a patch, signals and decayed means see values in the order in which they 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 
 from tsgdn.streaming import adapt, conformal, scores, signals
 from tsgdn.streaming.adapt import AdaptState, Contest, Learning
 from tsgdn.streaming.conformal import ConformalState, Rules
+from tsgdn.streaming.pending import Due, Pending, Ranges, Slots, longer, turns
 from tsgdn.streaming.scores import Grid, Scores, ScoreState
 from tsgdn.streaming.signals import Signals, SignalState, Thresholds
-
-Slots = np.ndarray  # int64, one per series
-
-
-class Due(NamedTuple):
-    """What had been issued for a cell of each series; N ranges of leads, C coverages. Zeros where not `seen`.
-
-    Attributes:
-        seen: where a value has come for the first time and a forecast was there.
-        deviation: value less the issued median.
-        below: distances from the median to the lower quantiles of the intervals.
-        above: to the upper ones.
-        theta: in force when it was issued.
-        scale: of the issuing token.
-        shift: correction that the issued forecast contains, in units of the scale.
-        persisted: value less the last one before the issue, in units of the scale; NaN where there was none.
-        features: of the moment of issue, the constant first.
-        quantiles: of the next patch, all levels.
-        median: likewise.
-    """
-
-    seen: Bool[np.ndarray, "B V N"]
-    deviation: Float64[np.ndarray, "B V N"]
-    below: Float64[np.ndarray, "B V N C"]
-    above: Float64[np.ndarray, "B V N C"]
-    theta: Float[np.ndarray, "B V N C"]
-    scale: Float64[np.ndarray, "B V N"]
-    shift: Float64[np.ndarray, "B V N"]
-    persisted: Float64[np.ndarray, "B V N"]
-    features: Float64[np.ndarray, "B V N D"]
-    quantiles: Float64[np.ndarray, "B V Q"]
-    median: Float64[np.ndarray, "B V"]
-
-
-class Ranges:
-    """Ranges of leads: the next patch, the one after it, the next two, four, ... patches.
-
-    Of each range one patch is scored, its last, so that a step is scored once per range and pending forecasts take less
-    than two of them per patch ahead.
-
-    Args:
-        patch_size: P.
-        ahead: K patches that are forecast at once.
-    """
-
-    def __init__(self, patch_size: int, ahead: int) -> None:
-        if patch_size < 1 or ahead < 1:
-            raise ValueError(f"patch_size {patch_size}, patches ahead {ahead}: expected at least 1 of each")
-        last = [0]
-        while last[-1] < ahead - 1:
-            last.append(min(2 * last[-1] + 1, ahead - 1))
-        self.patch_size = patch_size
-        self.last = np.array(last)  # patches between the issue and the patch that is scored
-        self.first_entry = np.concatenate([[0], np.cumsum(self.last + 1)[:-1]])
-        self.entries = int((self.last + 1).sum())
-
-    def __len__(self) -> int:
-        return len(self.last)
-
-    def of(self, leads: Int[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
-        """The range of each lead, 1 being the first step after the head; leads beyond the last range count to it."""
-        found = np.searchsorted(self.last, (leads - 1) // self.patch_size)
-        return np.minimum(found, len(self) - 1).astype(np.int64)
-
-    def entry(self, patch: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "B N"]:
-        """Where the forecasts of a patch lie, per range: a ring for each."""
-        return self.first_entry + patch[:, None] % (self.last + 1)
-
-
-class Pending:
-    """Forecasts whose targets have not come, in half precision relative to their median.
-
-    Distances are in units of the widest of their entry, so half precision costs 2^-11 of the distance to the median,
-    whatever the level of the series.
-
-    Attributes:
-        patch: (slots, E) patch that an entry forecasts, plus one; 0 = nothing.
-        scale: (slots, V, E) of the issuing token; 0 = not issued.
-        unit: (slots, V, E) widest distance from the median.
-        shift: (slots, V, E) correction within.
-        last: (slots, V, E) last value at the time of issue.
-        has_last: (slots, V, E) whether there was one.
-        median: (slots, V, E, P).
-        bands: (slots, V, E, P, 2C) distances to the quantiles below, then above, of each coverage.
-        theta: (slots, V, E, C) in force at the time of issue.
-        features: (slots, V, E, D - 1) of the time of issue.
-        quantiles: (slots, V, P, Q) distances of all quantiles of the next patch.
-        current: (slots,) latest patch of a value or an origin, plus one.
-        cells: (slots, V, P) which of its cells have come.
-        latest: (slots, V) latest value.
-        latest_step: (slots, V) its step, plus one.
-    """
-
-    FIELDS = (
-        "patch", "scale", "unit", "shift", "last", "has_last", "median", "bands", "theta", "features", "quantiles",
-        "current", "cells", "latest", "latest_step",
-    )  # fmt: skip
-
-    def __init__(self, variates: int, ranges: Ranges, grid: Grid, coverages: Sequence[float], features: int) -> None:
-        self.ranges, self.grid = ranges, grid
-        V, E, P, C, Q = variates, ranges.entries, ranges.patch_size, len(coverages), len(grid.levels)
-        self.middle = _level(grid, 0.5)
-        c = np.asarray(coverages)
-        self.ends = np.array([_level(grid, x) for x in np.concatenate([(1 - c) / 2, (1 + c) / 2])])
-        self.patch = np.zeros((0, E), np.int64)
-        self.scale = np.zeros((0, V, E))
-        self.unit = np.zeros((0, V, E))
-        self.shift = np.zeros((0, V, E))
-        self.last = np.zeros((0, V, E))
-        self.has_last = np.zeros((0, V, E), bool)
-        self.median = np.zeros((0, V, E, P))
-        self.bands = np.zeros((0, V, E, P, 2 * C), np.float16)
-        self.theta = np.zeros((0, V, E, C), np.float32)
-        self.features = np.zeros((0, V, E, features), np.float32)
-        self.quantiles = np.zeros((0, V, P, Q), np.float16)
-        self.current = np.zeros(0, np.int64)
-        self.cells = np.zeros((0, V, P), bool)
-        self.latest = np.zeros((0, V))
-        self.latest_step = np.zeros((0, V), np.int64)
-
-    def grow(self, capacity: int) -> None:
-        """Makes room for so many slots."""
-        for name in self.FIELDS:
-            setattr(self, name, _longer(getattr(self, name), capacity))
-
-    def issue(
-        self,
-        slots: Slots,
-        origins: Int64[np.ndarray, " B"],
-        quantiles: Float64[np.ndarray, "B V H Q"],
-        scale: Float64[np.ndarray, "B V"],
-        shift: Float64[np.ndarray, "B V N"],
-        theta: Float64[np.ndarray, "B V N C"],
-        features: Float[np.ndarray, "B V F"],
-    ) -> None:
-        """Keeps forecasts of the steps from `origins` on; a variate with a NaN or without scale is not issued."""
-        P = self.ranges.patch_size
-        patch = origins // P
-        good = np.isfinite(quantiles).all((2, 3)) & (scale > 0) & np.isfinite(scale)
-        q = np.where(good[..., None, None], quantiles, 0.0)
-        scale = np.where(good, scale, 0.0)
-        middle = q[..., self.middle]
-        has_last = self.latest_step[slots] > 0
-        self._turn(slots, patch)
-        for n, ahead in enumerate(self.ranges.last.tolist()):
-            at = (slots, self.ranges.entry(patch + ahead)[:, n])
-            part = slice(ahead * P, (ahead + 1) * P)
-            distance = q[:, :, part] - middle[:, :, part, None]
-            unit = np.abs(distance).max((2, 3))
-            near = distance / np.where(unit > 0, unit, 1.0)[..., None, None]
-            self.patch[at] = patch + ahead + 1
-            self.scale[at[0], :, at[1]] = scale
-            self.unit[at[0], :, at[1]] = unit
-            self.shift[at[0], :, at[1]] = shift[..., n]
-            self.last[at[0], :, at[1]] = self.latest[slots]
-            self.has_last[at[0], :, at[1]] = has_last
-            self.median[at[0], :, at[1]] = middle[:, :, part]
-            self.bands[at[0], :, at[1]] = np.abs(near[..., self.ends])
-            self.theta[at[0], :, at[1]] = theta[:, :, n]
-            self.features[at[0], :, at[1]] = features
-            if not ahead:
-                self.quantiles[slots] = near
-
-    def due(self, slots: Slots, steps: Int64[np.ndarray, " B"], values: Float64[np.ndarray, "B V"]) -> Due:
-        """What had been issued for these cells, which are marked as come; slots are named once."""
-        P, C = self.ranges.patch_size, len(self.ends) // 2
-        patch, phase = steps // P, steps % P
-        self._turn(slots, patch)
-        older = patch + 1 < self.current[slots]
-        fresh = np.isfinite(values) & ~self.cells[slots, :, phase] & ~older[:, None]
-        self.cells[slots, :, phase] |= fresh
-        y = np.where(fresh, values, 0.0)
-
-        entry = self.ranges.entry(patch)
-        place = (slots[:, None], slice(None), entry)  # gives (B, N, V, ...)
-        tag = self.patch[slots[:, None], entry] == patch[:, None] + 1
-        scale = self.scale[place].swapaxes(1, 2)
-        seen = fresh[..., None] & tag[:, None] & (scale > 0)
-        unit = np.where(seen, self.unit[place].swapaxes(1, 2), 0.0)
-        median = self.median[slots[:, None], :, entry, phase[:, None]].swapaxes(1, 2)
-        bands = self.bands[slots[:, None], :, entry, phase[:, None]].swapaxes(1, 2) * unit[..., None]
-        deviation = np.where(seen, y[..., None] - median, 0.0)
-        size = np.where(seen, scale, 1.0)
-        persisted = np.where(
-            seen & self.has_last[place].swapaxes(1, 2), (y[..., None] - self.last[place].swapaxes(1, 2)) / size, np.nan
-        )
-        kept = self.features[place].swapaxes(1, 2)
-        features = np.concatenate([np.ones((*kept.shape[:-1], 1)), kept], -1)
-        nearest = median[..., 0]
-        quantiles = nearest[..., None] + unit[..., :1] * self.quantiles[slots, :, phase]
-        due = Due(
-            seen,
-            deviation,
-            bands[..., :C],
-            bands[..., C:],
-            self.theta[place].swapaxes(1, 2),
-            scale,
-            np.where(seen, self.shift[place].swapaxes(1, 2), 0.0),
-            persisted,
-            features,
-            quantiles,
-            nearest,
-        )
-        later = fresh & (steps[:, None] + 1 > self.latest_step[slots])
-        self.latest[slots] = np.where(later, y, self.latest[slots])
-        self.latest_step[slots] = np.where(later, steps[:, None] + 1, self.latest_step[slots])
-        return due
-
-    def _turn(self, slots: Slots, patch: np.ndarray) -> None:
-        """Patches before these are overtaken: their cells are late."""
-        newer = patch + 1 > self.current[slots]
-        self.cells[slots[newer]] = False
-        self.current[slots[newer]] = patch[newer] + 1
-
-
-class Scored(NamedTuple):
-    """What values were worth, in the order of the call.
-
-    Attributes:
-        scores: against the forecast issued at the end of the patch before; NaN where there was none.
-        signals: anomalies and drifts.
-    """
-
-    scores: Scores
-    signals: Signals
-
-
-class Summary(NamedTuple):
-    """How the forecasts of series have done; decayed, NaN where nothing was scored. N ranges of leads, C coverages.
-
-    Attributes:
-        count: values scored.
-        means: log score, CRPS, absolute error of the median.
-        histogram: shares of PITs in 20 equal bins.
-        raw: coverage of the model's own intervals.
-        calibrated: coverage of the intervals as they were issued.
-        theta: logarithm of the factor between their widths.
-        standings: mean absolute error of the frozen forecast, the corrected one and persistence, in units of the scale.
-        alarms: of each of `signals.KINDS`, since the beginning.
-    """
-
-    count: Int64[np.ndarray, "B V"]
-    means: Float64[np.ndarray, "B V 3"]
-    histogram: Float[np.ndarray, "B V bins"]
-    raw: Float64[np.ndarray, "B V N C"]
-    calibrated: Float64[np.ndarray, "B V N C"]
-    theta: Float64[np.ndarray, "B V N C"]
-    standings: Float64[np.ndarray, "B V N 3"]
-    alarms: Int64[np.ndarray, "B V 3"]
+from tsgdn.streaming.worth import Alarms, Heard, Scored, Summary
 
 
 class Watch:
@@ -366,7 +122,13 @@ class Watch:
 
         self.pending.grow(capacity)
         for name, state in self._states():
-            setattr(self, name, type(state)(*(_longer(array, capacity) for array in state)))
+            setattr(self, name, type(state)(*(longer(array, capacity) for array in state)))
+
+    def shrink(self, capacity: int) -> None:
+        """Gives back the room beyond so many slots."""
+        self.pending.shrink(capacity)
+        for name, state in self._states():
+            setattr(self, name, type(state)(*(array[:capacity].copy() for array in state)))
 
     def clear(self, slots: Slots) -> None:
         """Forgets the series at these slots."""
@@ -441,11 +203,93 @@ class Watch:
         B, V = values.shape
         out = [np.full((B, V), np.nan) for _ in Scores._fields]
         heard = Signals(np.full((B, V, 3), np.nan), np.zeros((B, V, 3), bool), np.full((B, V, 3), -1, np.int64))
-        for turn in _turns(slots):
+        for turn in turns(slots):
             scored = self._observe(slots[turn], steps[turn], values[turn])
             for whole, part in zip((*out, *heard), (*scored.scores, *scored.signals), strict=True):
                 whole[turn] = part
         return Scored(Scores(*out), heard)
+
+    def advance(
+        self,
+        slots: Slots,
+        first: Int64[np.ndarray, " B"],
+        values: Float64[np.ndarray, "B V T"],
+        lengths: Int64[np.ndarray, " B"],
+        quantiles: Float64[np.ndarray, "B V N H Q"],
+        scale: Float64[np.ndarray, "B V N"],
+        valid: Bool[np.ndarray, "B N"],
+    ) -> Heard:
+        """Cells in the order of time, from anywhere in a patch, with the forecasts of the tokens that they complete.
+
+        Args:
+            slots: each once.
+            first: steps of the first cells.
+            values: in the unit of the series.
+            lengths: how many of them count.
+            quantiles: of the patches that end here, in turn, as for `issue`.
+            scale: of each token.
+            valid: which of them are there: a patch in long silence gives no token.
+        """
+        B, V, T = values.shape
+        P, shape = self.ranges.patch_size, (B, V, T)
+        pit, z = np.full(shape, np.nan), np.full(shape, np.nan)
+        found: list[Alarms] = []
+        if T % P == 0 and (lengths == T).all() and not (first % P).any():
+            every = np.arange(B)
+            for t in range(0, T, P):
+                cells = slice(t, t + P)
+                pit[:, :, cells], z[:, :, cells], heard = self._observe_patch(slots, first + t, values[:, :, cells])
+                for steps, spoken in heard:
+                    _note(found, every, steps, spoken)
+                self._issue_tokens(slots, first, first + t + P, every, quantiles, scale, valid)
+        else:
+            for t in range(T):
+                live = np.flatnonzero(lengths > t)
+                some, steps = slots[live], first[live] + t
+                scored = self._observe(some, steps, values[live, :, t])
+                pit[live, :, t], z[live, :, t] = scored.scores.pit, scored.scores.z
+                _note(found, live, steps, scored.signals)
+                rows = live[(steps + 1) % P == 0]
+                if len(rows):
+                    self._issue_tokens(slots, first, first + t + 1, rows, quantiles, scale, valid)
+        none = [np.zeros(0, kind) for kind in (np.int64, np.int64, np.int64, np.int64, np.float64, np.int64)]
+        alarms = Alarms(*(map(np.concatenate, zip(*found, strict=True)) if found else none))
+        return Heard(slots, first, lengths, pit, z, alarms)
+
+    def _issue_tokens(
+        self,
+        slots: Slots,
+        first: np.ndarray,
+        origins: np.ndarray,
+        rows: np.ndarray,
+        quantiles: np.ndarray,
+        scale: np.ndarray,
+        valid: np.ndarray,
+    ) -> None:
+        """Keeps the forecasts of the tokens that end at `origins` (B,), of some rows."""
+        P = self.ranges.patch_size
+        token = origins[rows] // P - 1 - first[rows] // P
+        there = valid[rows, token]
+        rows, token = rows[there], token[there]
+        if len(rows):
+            # before its first value a variate has no forecast that means something
+            seen = self.pending.latest_step[slots[rows]] > 0
+            issued = quantiles[rows, :, token]
+            if not seen.all():
+                issued = np.where(seen[..., None, None], issued, np.nan)
+            self.issue(slots[rows], origins[rows], issued, scale[rows, :, token])
+
+    def peek(
+        self, slots: Slots, steps: Int64[np.ndarray, " B"], values: Float64[np.ndarray, "B V"]
+    ) -> tuple[Float64[np.ndarray, "B V"], Float64[np.ndarray, "B V"]]:
+        """PIT and z of values whose patch is still open; nothing changes. A slot may come several times."""
+        quantiles, median, scale = self.pending.nearest(slots, steps)
+        found = scores.score(values, quantiles, median, scale, self.grid, np.isfinite(values) & (scale > 0))
+        return found.pit, found.z
+
+    def turn(self, slots: Slots, steps: Int64[np.ndarray, " B"]) -> None:
+        """Silence up to these steps."""
+        self.pending.turn(slots, steps // self.ranges.patch_size)
 
     def run(
         self,
@@ -617,26 +461,49 @@ class Watch:
 
     def _observe(self, slots: Slots, steps: np.ndarray, values: np.ndarray) -> Scored:
         due = self.pending.due(slots, steps, values)
-        near = due.seen[..., 0]
-        scored = scores.score(values, due.quantiles, due.median, due.scale[..., 0], self.grid, near)
-        _write(self.scores, slots, scores.update(_take(self.scores, slots), scored, decay=self.rules.decay))
-        widths = conformal.update(
-            _take(self.conformal, slots), due.deviation, due.below, due.above, due.theta, due.seen, self.start,
-            self.rules,
-        )  # fmt: skip
-        _write(self.conformal, slots, widths)
-        state, heard = signals.update(_take(self.signals, slots), steps, scored.z, self.thresholds)
-        _write(self.signals, slots, state)
+        found = scores.score(values, due.quantiles, due.median, due.scale[..., 0], self.grid, due.seen[..., 0])
+        states = {name: _take(state, slots) for name, state in self._states()}
+        heard = self._learn(states, due, found, steps)
+        for name, state in self._states():
+            _write(state, slots, states[name])
+        return Scored(found, heard)
+
+    def _observe_patch(
+        self, slots: Slots, first: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, Signals]]]:
+        """`_observe` of the P cells (B, V, P) of a patch in turn: PITs, z, and steps and signals of each cell."""
+        B, V, P = values.shape
+        steps = first + np.arange(P)[:, None]
+        rows = values.transpose(2, 0, 1).reshape(P * B, V)
+        due = self.pending.due(np.tile(slots, P), steps.ravel(), rows, every=B)
+        found = scores.score(rows, due.quantiles, due.median, due.scale[..., 0], self.grid, due.seen[..., 0])
+        states = {name: _take(state, slots) for name, state in self._states()}
+        heard = []
+        for p in range(P):
+            part = slice(p * B, (p + 1) * B)
+            cell, scored = Due(*(x[part] for x in due)), Scores(*(x[part] for x in found))
+            heard.append((steps[p], self._learn(states, cell, scored, steps[p])))
+        for name, state in self._states():
+            _write(state, slots, states[name])
+        pit, z = (x.reshape(P, B, V).transpose(1, 2, 0) for x in (found.pit, found.z))
+        return pit, z, heard
+
+    def _learn(self, states: dict[str, Any], due: Due, scored: Scores, steps: np.ndarray) -> Signals:
+        """Moves rows of the states on by one cell each."""
+        rules = self.rules
+        states["scores"] = scores.update(states["scores"], scored, decay=rules.decay)
+        states["conformal"] = conformal.update(
+            states["conformal"], due.deviation, due.below, due.above, due.theta, due.seen, self.start, rules
+        )
+        states["signals"], heard = signals.update(states["signals"], steps, scored.z, self.thresholds)
         error = due.deviation / np.where(due.seen, due.scale, 1.0)
         frozen = error + due.shift
         both = due.seen & ~np.isnan(due.persisted)
         errors = np.stack([frozen, error, due.persisted], -1)
-        contest = adapt.compare(_take(self.contest, slots), errors, both, decay=self.rules.decay)
-        _write(self.contest, slots, contest)
-        if self.correction is not None and self.learning is not None:
-            noted = adapt.collect(_take(self.correction, slots), frozen, due.features, due.seen, self.learning)
-            _write(self.correction, slots, noted)
-        return Scored(scored, heard)
+        states["contest"] = adapt.compare(states["contest"], errors, both, decay=rules.decay)
+        if self.learning is not None:
+            states["correction"] = adapt.collect(states["correction"], frozen, due.features, due.seen, self.learning)
+        return heard
 
     def _corrected(
         self, slots: Slots, quantiles: np.ndarray, leads: np.ndarray, scale: np.ndarray, features: np.ndarray
@@ -687,12 +554,6 @@ class Watch:
                 yield f"{name}.{field}", array
 
 
-def _longer(old: np.ndarray, capacity: int) -> np.ndarray:
-    new = np.zeros((capacity, *old.shape[1:]), old.dtype)
-    new[: len(old)] = old
-    return new
-
-
 def _take(state: Any, slots: Slots) -> Any:
     return type(state)(*(array[slots] for array in state))
 
@@ -702,25 +563,8 @@ def _write(state: tuple, slots: Slots, rows: tuple) -> None:
         array[slots] = new
 
 
-def _level(grid: Grid, level: float) -> int:
-    distance = np.abs(grid.levels - level)
-    if distance.min() > 1e-9:
-        raise ValueError(f"the quantile levels have no {level:g}: leave the coverage out, or forecast it too")
-    return int(distance.argmin())
-
-
-def _turns(slots: Slots) -> Iterator[np.ndarray]:
-    """Places of the first occurrence of each slot, then of the second, and so on."""
-    order = np.argsort(slots, kind="stable")
-    ordered = slots[order]
-    fresh = np.ones(len(slots), bool)
-    fresh[1:] = ordered[1:] != ordered[:-1]
-    if fresh.all():
-        if len(slots):
-            yield np.arange(len(slots))
-        return
-    begin = np.flatnonzero(fresh)
-    number = np.arange(len(slots)) - np.repeat(begin, np.diff(np.append(begin, len(slots))))
-    by_number = np.argsort(number, kind="stable")
-    for part in np.split(by_number, np.cumsum(np.bincount(number))[:-1]):
-        yield np.sort(order[part])
+def _note(found: list[Alarms], rows: np.ndarray, steps: np.ndarray, spoken: Signals) -> None:
+    """Adds the alarms of these rows at these steps."""
+    if spoken.alarm.any():
+        row, variate, kind, score, since = signals.events(spoken)
+        found.append(Alarms(rows[row], variate, kind, steps[row], score, since))
