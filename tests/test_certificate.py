@@ -11,6 +11,7 @@ from tsgdn.model import artefact
 from tsgdn.model.forecaster import Forecaster
 from tsgdn.streaming import certificate
 from tsgdn.streaming.certificate import certify
+from tsgdn.streaming.predictor import StatefulPredictor
 
 KIND = {"freq": "h", "calendar": False}
 
@@ -55,7 +56,9 @@ def test_a_model_whose_state_forgets_breaks_its_certificate(monkeypatch):
 
     def forgetful(self, batch, state, *args, **more):
         quantiles, state = advance(self, batch, state, *args, **more)
-        return quantiles, state._replace(seasonal=type(state.seasonal)(*(torch.zeros_like(leaf) for leaf in state.seasonal)))
+        return quantiles, state._replace(
+            seasonal=type(state.seasonal)(*(torch.zeros_like(leaf) for leaf in state.seasonal))
+        )
 
     monkeypatch.setattr(Forecaster, "_advance", forgetful)
     found = certify(model, **KIND)
@@ -95,3 +98,24 @@ def test_the_command_exits_with_1_and_names_what_is_broken(tmp_path, capsys, mon
     assert "BROKEN" in said.out
     assert "cuts, float64 on cpu" in said.err
     assert "the worst is" in said.err
+
+
+def test_a_certificate_is_read_with_its_model(tmp_path):
+    series = {"freq": "h", "calendar": False, "variates": ["target"], "horizon": 8}
+    model = make_model()
+    folder = artefact.save(model, tmp_path / "m", series=series)
+    found = certify(model, **KIND)
+    path = certificate.write(found, folder)
+    assert StatefulPredictor.from_pretrained(folder, device="cpu").horizon == 8
+    with pytest.warns(UserWarning, match="says nothing of meta"):
+        certificate.check(folder, model, "meta")
+    broken = found._replace(checks=(found.checks[0]._replace(error=1.0), *found.checks[1:]))
+    certificate.write(broken, folder)
+    with pytest.warns(UserWarning, match="differ from one pass on cpu"):
+        StatefulPredictor.from_pretrained(folder, device="cpu")
+    certificate.write(found._replace(fingerprint="0" * 32), folder)
+    with pytest.raises(ValueError, match="another model; run `tsgdn verify"):
+        StatefulPredictor.from_pretrained(folder, device="cpu")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no certificate"):
+        StatefulPredictor.from_pretrained(folder, device="cpu")

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from tsgdn.cli import state
+from tsgdn.cli import state_move
+from tsgdn.cli import stores as cli_stores
 from tsgdn.cli.main import main
 from tsgdn.model.forecaster import Forecaster
-from tsgdn.streaming.durable import REGISTERED, DurablePredictor, layout
+from tsgdn.streaming.durable import DurablePredictor
 from tsgdn.streaming.predictor import StatefulPredictor
-from tsgdn.streaming.stores import DeadLetter, open_store
+from tsgdn.streaming.state_records import layout
+from tsgdn.streaming.stores import DeadLetter, open_store, record, shards
 from tsgdn.streaming.stores.redis import RedisStore
+from tsgdn.streaming.stores.shards import REGISTERED
 from tsgdn.streaming.stores.sqlite import SqliteStore
 
 START, HOUR = np.datetime64("2026-03-01T00", "ns"), np.timedelta64(1, "h")
@@ -220,8 +223,8 @@ def test_a_series_that_is_deleted_while_it_is_listed_is_not_called_lost(store, m
 def test_a_reader_that_leaves_early_is_no_error(store):
     def many(owner):
         data = dict(owner.records())["a"]
-        plain = state.unpack(data)._replace(epoch=owner.epoch)
-        owner.commit({f"s{i}": state.pack(plain._replace(item_id=f"s{i}", leaves=b"")) for i in range(3000)})
+        plain = record.unpack(data)._replace(epoch=owner.epoch)
+        owner.commit({f"s{i}": record.pack(plain._replace(item_id=f"s{i}", leaves=b"")) for i in range(3000)})
 
     settle(store, many)
     argv = [sys.executable, "-m", "tsgdn", "state", "ls", str(store)]
@@ -236,7 +239,7 @@ def test_a_reader_that_leaves_early_is_no_error(store):
 
 def test_progress_is_told_on_a_terminal_and_wiped_at_the_end(store, monkeypatch, capsys):
     assert run(capsys, "ls", store)[2] == ""
-    monkeypatch.setattr(state, "PAUSE", 0)
+    monkeypatch.setattr(cli_stores, "PAUSE", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     err = run(capsys, "ls", store)[2]
     assert "4 of 4 series" in err
@@ -348,7 +351,7 @@ def test_an_import_that_is_killed_leaves_whole_records_and_no_tick_is_passed_ove
     stream.delete(list(ITEMS))
     stream.close()
     assert not states_of(store)
-    monkeypatch.setattr(state, "SLICE", 1)  # a commit per record
+    monkeypatch.setattr(state_move, "SLICE", 1)  # a commit per record
     for last in range(7):
         place = shutil.copytree(store, tmp_path / f"try{last}")
         pid = os.fork()
@@ -474,10 +477,10 @@ def test_resharding_there_and_back_changes_no_state(store, tmp_path, capsys):
     assert run(capsys, "reshard", store, "--into", tmp_path / "three", "--shards", 3)[0] == 0
     assert digest_of(store) == old
     manifest = json.loads((tmp_path / "three/shards.json").read_text())
-    assert (manifest["shards"], manifest["hash"]) == (3, state.HASH)
+    assert (manifest["shards"], manifest["hash"]) == (3, shards.HASH)
     assert run(capsys, "diff", store, tmp_path / "three", "--seq")[:2] == (0, "")
     for row in lines(run(capsys, "ls", tmp_path / "three", "--json")[1]):
-        assert row["shard"] == state.shard_of(row["item_id"], 3)
+        assert row["shard"] == shards.shard_of(row["item_id"], 3)
     assert run(capsys, "reshard", tmp_path / "three", "--into", tmp_path / "one", "--shards", 1)[0] == 0
     (told,) = json.loads(run(capsys, "show", tmp_path / "one", "--json")[1])["shards"]
     assert told["offsets"] == {"rows": "5", REGISTERED: '["known"]'}
@@ -548,8 +551,8 @@ def test_a_reshard_that_is_killed_leaves_the_old_stores_and_no_new_one(store, tm
 
 
 def test_the_shard_of_a_name_never_changes():
-    assert [state.shard_of(item, 64) for item in ITEMS] == [32, 63, 57, 13]
-    counts = np.bincount([state.shard_of(f"s{i}", 8) for i in range(4000)], minlength=8)
+    assert [shards.shard_of(item, 64) for item in ITEMS] == [32, 63, 57, 13]
+    counts = np.bincount([shards.shard_of(f"s{i}", 8) for i in range(4000)], minlength=8)
     assert counts.min() > 400
 
 
@@ -557,14 +560,14 @@ def test_the_shard_of_a_name_never_changes():
 
 
 def test_a_store_in_redis_is_listed_copied_imported_and_resharded(store, tmp_path, monkeypatch, capsys):
-    server, real = fakeredis.FakeServer(), state.open_store
+    server, real = fakeredis.FakeServer(), open_store
 
     def opened(url, **options):
         if not str(url).startswith("redis://"):
             return real(url, **options)
         return RedisStore(str(url), client=fakeredis.FakeRedis(server=server), **{**options, "unchecked": True})
 
-    monkeypatch.setattr(state, "open_store", opened)
+    monkeypatch.setattr(cli_stores, "open_store", opened)
     address = "redis://me:secret@here/0"
     message = refused(capsys, "ls", address)
     assert "there is no store" in message

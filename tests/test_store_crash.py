@@ -58,13 +58,11 @@ class Worker:
 
     def __init__(self, order: dict[str, Any]) -> None:
         from tsgdn.streaming import stores
-        from tsgdn.streaming.stores import sqlite
 
         self.order, self.plant = order, order.get("plant")
         self.rng = random.Random(order["seed"])
-        stores.SLICE = sqlite.SLICE = order.get("slice", 30_000)
-        for module in (stores, sqlite):
-            module.slices.__defaults__ = (order.get("slice", 30_000),)
+        stores.SLICE = order.get("slice", 30_000)
+        stores.slices.__defaults__ = (order.get("slice", 30_000),)
         if "statement" in order:
             self.die_at_statement(order["statement"])
         options = {"durability": order.get("durability", "normal"), "unchecked": "://" in order["url"]}
@@ -74,7 +72,7 @@ class Worker:
         self.deleted: set[str] = set()
 
     def die_at_statement(self, number: int) -> None:
-        from tsgdn.streaming.stores import sqlite
+        from tsgdn.streaming.stores import sqlite_file as sqlite
 
         connect, count = sqlite.sqlite3.connect, 0
 

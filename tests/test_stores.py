@@ -29,11 +29,12 @@ from tsgdn.streaming.stores import (
     StoreFenced,
     StoreFull,
     StoreRefused,
+    disk,
     open_store,
+    sqlite_file,
 )
 from tsgdn.streaming.stores import record as records_of
 from tsgdn.streaming.stores import redis as redis_store
-from tsgdn.streaming.stores import sqlite as sqlite_store
 from tsgdn.streaming.stores.record import Record, RecordDamaged, layout_digest, pack, pack_many, unpack
 from tsgdn.streaming.stores.redis import RedisStore
 
@@ -986,18 +987,18 @@ def test_a_folder_on_a_network_is_refused(files, tmp_path, monkeypatch):
     )
     mounts.write_text("\n".join(rows))
     files.folder.mkdir()
-    assert sqlite_store.filesystem(files.folder, mounts) == "nfs4"
-    assert sqlite_store.filesystem(tmp_path / "other", mounts) == "tmpfs"
-    assert sqlite_store.filesystem(Path("/"), mounts) == "ext4"
-    assert sqlite_store.filesystem(files.folder, tmp_path / "absent") == ""
-    monkeypatch.setattr(sqlite_store, "filesystem", lambda folder: "nfs4")
+    assert disk.filesystem(files.folder, mounts) == "nfs4"
+    assert disk.filesystem(tmp_path / "other", mounts) == "tmpfs"
+    assert disk.filesystem(Path("/"), mounts) == "ext4"
+    assert disk.filesystem(files.folder, tmp_path / "absent") == ""
+    monkeypatch.setattr(sqlite_file, "filesystem", lambda folder: "nfs4")
     with pytest.raises(StoreRefused, match="lies on nfs4"):
         opened(files)
     opened(files, unchecked=True).close()
 
 
 def test_a_place_whose_locks_keep_nobody_out_is_refused(files, monkeypatch):
-    monkeypatch.setattr(sqlite_store.fcntl, "flock", lambda handle, how: None)
+    monkeypatch.setattr(disk.fcntl, "flock", lambda handle, how: None)
     with pytest.raises(StoreRefused, match="locks keep nobody out"):
         opened(files)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsgdn.cli import lines, stream
+from tsgdn.cli import engine, lines
 from tsgdn.cli.main import main
 from tsgdn.data.clock import Clock
 from tsgdn.model import artefact
@@ -166,7 +166,7 @@ def test_each_row_gives_the_forecast_that_the_predictor_makes(tsgdn, model):
     np.testing.assert_allclose(last["quantiles"]["0.5"], want.quantile(0.5)[0, 0], rtol=1e-5)
     assert [record["seq"] for record in records] == [1 + i // 2 for i in range(12)], "the number of the tick"
     assert len({record["id"] for record in records}) == 12
-    assert last["id"] == stream.forecast_id("b", iso(5), 0, predictor.fingerprint)
+    assert last["id"] == engine.forecast_id("b", iso(5), 0, predictor.fingerprint)
     assert "12 rows" in err
 
 

@@ -359,6 +359,41 @@ def test_a_stream_that_ends_before_the_states_is_refused(tsgdn, server, tmp_path
     assert "give the stream that was read, or --from-start" in err
 
 
+def test_a_file_and_then_a_stream_feed_one_state_and_then_both(tsgdn, server, tmp_path, model):
+    client, url = server
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text(rows(range(4))))
+    _, want, _ = tsgdn(data=text(rows(range(9))))
+    state = ("--state", str(tmp_path / "state"))
+    stream = ("--source", f"{url}?stream=in")
+    said = tsgdn("--source", str(file), *state)[1]
+    feed(client, rows(range(4, 8)))
+    said += tsgdn(*stream, *state)[1]
+    assert told(said) == told(want[:8])
+    assert tsgdn("--source", str(file), *stream, *state)[1] == [], "each is read on from its own place"
+    feed(client, rows(range(7, 8)))
+    file.write_text(text([*rows(range(4)), *rows(range(8, 9))]))
+    code, said, _ = tsgdn("--source", str(file), *stream, *state)
+    assert (code, told(said)) == (0, told(want[8:]))
+    assert head(model, tmp_path / "state") == 9
+    assert unread(client) == 0
+
+
+def test_shards_that_stand_apart_in_a_stream_are_read_on_from_the_first_of_them(server):
+    client, url = server
+    entries = [name.decode() for name in feed(client, rows(range(3)))]
+    source = redis_streams.RedisSource(f"{url}?stream=in", sources.Control(lambda text, **more: None))
+    places = [json.dumps({"source": source.name, "entry": entry}).encode() for entry in entries]
+    assert source.first([places[2], places[0], places[1]]) == places[0]
+    assert source.first([places[2], None]) is None, "what was not acknowledged"
+    source.resume(places[0])
+    part = next(iter(part for part in source.lines() if part))
+    assert [source.behind(line, places[1]) for line in part] == [True, False]
+    assert not any(source.behind(line, None) for line in part)
+    assert all(line.received == int(line.at.split("-")[0]) * 1_000_000 for line in part)
+    source.close()
+
+
 def test_a_place_in_another_source_is_not_taken_for_one_in_this(tsgdn, server, tmp_path):
     client, url = server
     file = tmp_path / "rows"

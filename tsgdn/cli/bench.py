@@ -115,6 +115,10 @@ def _retention_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicas", type=int, default=16, metavar="N", help="most trainings side by side")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that make data (GPU: all cores; CPU: none)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are trained")
+    parser.add_argument("--real", action="store_true", help="measured series instead: errors when a regime returns")
+    parser.add_argument("--sets", help="of --real: vic_elec, metro_traffic, pedestrian_melbourne, nab (all)")
+    parser.add_argument("--epochs", type=int, default=12, help="of --real: at most, 50 steps each")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a fitted model instead: writes its retention card")
     parser.add_argument("--json", action="store_true", help="print counts and paths as JSON")
 
 
@@ -325,6 +329,51 @@ def _memory(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _retention_card(args: argparse.Namespace) -> int:
+    import json
+
+    from tsgdn.bench.retention import card
+    from tsgdn.model.artefact import ArtefactError
+
+    try:
+        path = card.write(args.model, args.out or args.model)
+    except (ArtefactError, FileNotFoundError) as error:
+        raise Misuse(f"--model {args.model}: {error}") from error
+    numbers = json.loads((path.parent / "retention_card.json").read_text("utf-8"))
+    print(json.dumps({"card": str(path), **numbers}) if args.json else path)
+    return 0
+
+
+def _retention_real(args: argparse.Namespace) -> int:
+    import json
+
+    from tsgdn.bench.matching import matched
+    from tsgdn.bench.retention import real, run
+    from tsgdn.data.catalog import DataNotFound
+    from tsgdn.mixers import MIXERS
+    from tsgdn.model.backbone import BACKBONES
+
+    sets = _chosen("--sets", args.sets, real.SETS)
+    mixers = _chosen("--mixers", args.mixers or "gated_deltanet,mamba2", (*MIXERS, *BACKBONES))
+    _at_least_one("--epochs", args.epochs)
+    for mixer in mixers:
+        try:
+            matched(mixer, width=64, depth=3)
+        except ValueError as error:
+            raise Misuse(str(error)) from error
+    out = args.out or Path("runs/retention-real")
+    given = {"out": out, "device": args.device, "budget": args.budget, "epochs": args.epochs}
+    try:
+        done = run.run_real(sets, mixers, args.seeds or 1, **given)
+    except DataNotFound as error:
+        raise Misuse(str(error)) from error
+    if args.json:
+        print(json.dumps(done))
+    elif done["report"]:
+        print(done["report"])
+    return 1 if done["failed"] else 0
+
+
 def _retention(args: argparse.Namespace) -> int:
     import json
     import os
@@ -347,6 +396,10 @@ def _retention(args: argparse.Namespace) -> int:
         raise Misuse(f"--budget {args.budget:g}: expected seconds above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Misuse("there is no CUDA device to train on; leave --device out")
+    if args.model is not None:
+        return _retention_card(args)
+    if args.real:
+        return _retention_real(args)
     preset = cells.with_steps(cells.PRESETS[args.preset], args.steps)
     entries = cells.plan(preset, tasks=tasks, mixers=mixers, sizes=sizes, seeds=args.seeds, shard=_shard(args.shard))
     for unit in dict.fromkeys(entry.unit for entry in entries):

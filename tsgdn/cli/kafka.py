@@ -10,12 +10,13 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import confluent_kafka  # pyright: ignore[reportMissingImports]
 from confluent_kafka import (  # pyright: ignore[reportMissingImports]
     OFFSET_BEGINNING,
+    TIMESTAMP_NOT_AVAILABLE,
     Consumer,
     KafkaError,
     KafkaException,
@@ -187,7 +188,9 @@ class KafkaSource:
         if len(raw) > LINE_LIMIT:
             too_long = BadLine("line.too_long", f"the message has more than {LINE_LIMIT} bytes")
             return Line(self._number, raw[:80], too_long, at=at)
-        return Line(self._number, raw, at=at)
+        kind, milliseconds = message.timestamp()
+        received = None if kind == TIMESTAMP_NOT_AVAILABLE else milliseconds * 1_000_000
+        return Line(self._number, raw, at=at, received=received)
 
     def after(self, line: Line) -> bytes:
         """See `Source.after`."""
@@ -203,6 +206,25 @@ class KafkaSource:
         if told is not None:
             self._uncommitted = {int(partition): int(place) for partition, place in told["next"].items()}
         self._commit()
+
+    def first(self, offsets: Sequence[bytes | None]) -> bytes | None:
+        """See `Source.first`; where a shard has no place yet, what the group has not committed is."""
+        places = [told_by(offset, self.name) for offset in offsets]
+        if not places or any(place is None for place in places):
+            return None
+        known = [(place or {})["next"] for place in places]
+        least = {
+            partition: min(int(place[partition]) for place in known)
+            for partition in known[0]
+            if all(partition in place for place in known)
+        }
+        return json.dumps({"source": self.name, "next": least}).encode()
+
+    def behind(self, line: Line, offset: bytes | None) -> bool:
+        """See `Source.behind`."""
+        told = told_by(offset, self.name)
+        partition, _, place = line.at.partition(":")
+        return told is not None and int(place) < int(told["next"].get(partition, 0))
 
     def _commit(self, *, last: bool = False) -> None:
         if not self._uncommitted or not (last or time.monotonic() - self._committed >= COMMIT_EVERY):

@@ -33,6 +33,7 @@ class Line(NamedTuple):
     seen: bool = False  # the states hold it: it is read for the format and the columns alone
     fields: dict[str, str] | None = None  # where the columns come apart
     row: "Row | None" = None  # where there is nothing to read
+    received: int | None = None  # when a broker got it, nanoseconds since 1970
 
     @property
     def where(self) -> str:

@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "bench": Command(SCORE, "tsgdn.cli.bench", "accuracy of mixers, speed of kernels; rows in a results.csv"),
     "stream": Command(LIVE, "tsgdn.cli.stream", "observations in, quantile forecasts out, line by line"),
-    "state": Command(LIVE, "tsgdn.cli.state", "look at, copy, compare or reshard the states of a stream"),
+    "state": Command(LIVE, "tsgdn.cli.state", "look at, copy, compare, spread or renew the states of a stream"),
     "verify": Command(
         LIVE,
         "tsgdn.cli.model",

@@ -245,7 +245,7 @@ class RedisSource(_Stream):
             self._given.append((self._number, entry))
             if not self._pending or self._pending[-1] < entry:
                 self._pending.append(entry)
-            lines.append(_line(self._number, _text(entry), fields))
+            lines.append(_line(self._number, _text(entry), fields)._replace(received=entry[0] * 1_000_000))
         if again:
             self.reached(lambda: self._acknowledge(again))
         return lines
@@ -271,6 +271,18 @@ class RedisSource(_Stream):
             done.append(self._pending.popleft())
         if done and not self.reached(lambda: self._acknowledge(done))[0]:
             self._pending.extendleft(reversed(done))
+
+    def first(self, offsets: Sequence[bytes | None]) -> bytes | None:
+        """See `Source.first`; where a shard has no place yet, what was not acknowledged is."""
+        places = [told_by(offset, self.name) for offset in offsets]
+        if any(place is None for place in places):
+            return None
+        return min(zip(places, offsets, strict=True), key=lambda pair: _id((pair[0] or {})["entry"]))[1]
+
+    def behind(self, line: Line, offset: bytes | None) -> bool:
+        """See `Source.behind`."""
+        told = told_by(offset, self.name)
+        return told is not None and _id(line.at) <= _id(told["entry"])
 
     def _acknowledge(self, entries: Sequence[Id]) -> None:
         for i in range(0, len(entries), COUNT):

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -92,6 +92,14 @@ class Source(Protocol):
         """What lies before the place need not be delivered again."""
         ...
 
+    def first(self, offsets: Sequence[bytes | None]) -> bytes | None:
+        """The place from which on something is new for one of several shards; None: where the source left off."""
+        ...
+
+    def behind(self, line: Line, offset: bytes | None) -> bool:
+        """Whether a line lies before a place."""
+        ...
+
     def close(self) -> None:
         """Lets go."""
         ...
@@ -122,6 +130,14 @@ class Pipe:
 
     def acknowledge(self, offset: bytes) -> None:
         """Nobody waits for it."""
+
+    def first(self, offsets: Sequence[bytes | None]) -> bytes | None:
+        """Nowhere."""
+        return None
+
+    def behind(self, line: Line, offset: bytes | None) -> bool:
+        """It never is: what was read is gone."""
+        return False
 
     def close(self) -> None:
         """It belongs to the process."""
@@ -184,6 +200,18 @@ class _Numbered:
 
     def acknowledge(self, offset: bytes) -> None:
         """Nobody waits for it."""
+
+    def first(self, offsets: Sequence[bytes | None]) -> bytes | None:
+        """See `Source.first`."""
+        places = [told_by(offset, self.name) for offset in offsets]
+        if any(place is None for place in places):
+            return None
+        return min(zip(places, offsets, strict=True), key=lambda pair: int((pair[0] or {})["line"]))[1]
+
+    def behind(self, line: Line, offset: bytes | None) -> bool:
+        """See `Source.behind`."""
+        told = told_by(offset, self.name)
+        return told is not None and line.number <= int(told["line"])
 
     def close(self) -> None:
         """There is nothing open."""

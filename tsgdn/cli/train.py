@@ -30,6 +30,8 @@ from tsgdn.cli.main import Misuse
 from tsgdn.cli.model import read_checkpoint, save_certified
 from tsgdn.data import catalog
 from tsgdn.data.module import ForecastDataModule, resolve
+from tsgdn.streaming import tuning
+from tsgdn.streaming.predictor import StatefulPredictor
 from tsgdn.training.module import ForecastModule
 
 # Advice of the libraries that a user can do nothing about; the last two: jsonargparse 5 drops what Lightning 2.6 calls.
@@ -43,6 +45,8 @@ ADVICE = (
 )
 
 
+WATCHED_SERIES, WATCHED_STEPS = 32, 1000
+"""At most so many validation series and steps of each are streamed for watch.json."""
 OF_THE_RUN = ("best", "last", "hpc", "registry")
 """Checkpoints that Lightning finds by itself; only a fit has them."""
 
@@ -233,6 +237,7 @@ class TrainCLI(LightningCLI):
             self.model.load_state_dict(weights)
         root = Path(self.trainer.default_root_dir)
         self.exported = save_model(self.model, Path(self.config[str(self.subcommand)].export or root / "export"))
+        tune_watch(self.datamodule, self.exported)
         if best:
             print(f"best checkpoint: {best}", file=sys.stderr)
         print(f"exported model:  {self.exported}", file=sys.stderr)
@@ -281,6 +286,20 @@ def _told() -> Any:
         raise Misuse(str(error.args[0])) from error
     except (catalog.DataNotFound, ValueError, MisconfigurationException) as error:
         raise Misuse(str(error)) from error
+
+
+def tune_watch(module: ForecastDataModule, folder: Path) -> None:
+    """Writes watch.json: where calibrated widths and alarms of a stream begin, measured on the validation part."""
+    held_out = [
+        whole.slice(len(training), min(len(whole), len(training) + WATCHED_STEPS))
+        for whole, training in zip(module.whole, module.training, strict=True)
+        if len(whole) > len(training)
+    ][:WATCHED_SERIES]
+    try:
+        predictor = StatefulPredictor.from_pretrained(folder, device="cpu", calibrate=True)
+        tuning.write(folder, tuning.tune(predictor, held_out))
+    except ValueError as error:  # too few values, or a state that grows; widths then begin as the model has them
+        print(f"no {tuning.FILE}: {error}", file=sys.stderr)
 
 
 def save_model(module: ForecastModule, folder: Path) -> Path:

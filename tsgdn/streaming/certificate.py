@@ -8,6 +8,7 @@ least 1). The values carry missing cells, silent patches and a variate that begi
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from tsgdn.types import Batch
 
 FILE = "parity.json"
 FORMAT = 1
+LIMIT = 1 << 20  # bytes
 BOUNDS = {"float64": 1e-12, "float32": 1e-5}
 DEVICES_APART = 1e-4  # float32 on two devices: sums in another order
 CUTS = {"1": (1,), "3": (3,), "7": (7,), "random": None}
@@ -165,6 +167,36 @@ def write(certificate: Certificate, folder: str | Path) -> Path:
     path = Path(folder) / FILE
     write_whole(path, certificate.to_json().encode())
     return path
+
+
+def check(folder: str | Path, model: Forecaster, device: torch.device | str) -> None:
+    """Reads the certificate beside a model, where there is one, and warns of what it does not vouch for.
+
+    Args:
+        folder: of the model.
+        model: that was read from it.
+        device: where it is going to run.
+
+    Raises:
+        ValueError: the file is no certificate, or that of another model.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return
+    again = f"run `tsgdn verify --model {folder} --write`"
+    try:
+        told = json.loads(path.read_bytes()) if path.stat().st_size <= LIMIT else {}
+        whose, checks = told["fingerprint"], [(one["device"], one["ok"]) for one in told["checks"]]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no certificate of parity; {again}") from error
+    if whose != fingerprint(model):
+        raise ValueError(f"{path} was made for another model; {again}")
+    kind = torch.device(device).type
+    here = [ok for name, ok in checks if torch.device(name).type == kind]
+    if not here:
+        warnings.warn(f"{path} says nothing of {kind}; {again} here", stacklevel=3)
+    elif not all(here):
+        warnings.warn(f"{path} says that streams of this model differ from one pass on {kind}", stacklevel=3)
 
 
 class _Trial:

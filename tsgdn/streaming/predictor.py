@@ -196,7 +196,9 @@ class StatefulPredictor(Keeper):
     def from_pretrained(
         cls, folder: str | Path, *, device: torch.device | str = "auto", **options: Any
     ) -> "StatefulPredictor":
-        """A predictor for the model in a folder; reads config.json, model.safetensors and, to watch, watch.json.
+        """A predictor for the model in a folder; reads config.json, model.safetensors, parity.json and watch.json.
+
+        It warns where parity.json does not vouch for the device; watch.json is read only to watch.
 
         Args:
             folder: written by `Forecaster.save_pretrained` or `tsgdn fit`.
@@ -204,12 +206,16 @@ class StatefulPredictor(Keeper):
             options: arguments of `StatefulPredictor`; those left out come from the folder.
 
         Raises:
-            ValueError: the folder is no model, or it does not say what frequency it is for and none is given.
+            ValueError: the folder is no model, its certificate is another model's, or it does not say what frequency it
+                is for and none is given.
         """
         info = artefact.read_series_info(folder)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        from tsgdn.streaming import certificate  # it makes predictors itself
+
         model = artefact.load(folder, device=device)
+        certificate.check(folder, model, device)
         options.setdefault("freq", info.get("freq"))
         if options["freq"] is None:
             raise ValueError(f"{folder} does not say what frequency it is for: give freq=")

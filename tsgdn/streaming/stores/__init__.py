@@ -159,6 +159,11 @@ class StateStore(Protocol):
         ...
 
     @property
+    def durability(self) -> Durability:
+        """What `append` promises; with "memory" nothing: only `commit` is there after a kill."""
+        ...
+
+    @property
     def seq(self) -> int:
         """The last tick that is durable, in the journal or in the states."""
         ...

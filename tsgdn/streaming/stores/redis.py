@@ -94,7 +94,8 @@ class RedisStore:
         )
         address = url.split("@")[-1] if "@" in url else url.split("://")[-1]  # without a password
         self.place = f"{url.split('://')[0]}://{address.split('?')[0]} shard {shard:02d}"
-        self._durability, self._key, self._lease, self._unchecked = durability, key, float(lease), unchecked
+        self._durability: Durability = durability
+        self._key, self._lease, self._unchecked = key, float(lease), unchecked
         self._shard, self._shards = shard, shards
         self._guard = threading.RLock()
         self._pid = 0
@@ -445,6 +446,11 @@ class RedisStore:
         return self._epoch
 
     @property
+    def durability(self) -> Durability:
+        """As it was opened."""
+        return self._durability
+
+    @property
     def seq(self) -> int:
         """The last durable tick."""
         return self._seq
@@ -761,7 +767,7 @@ class RedisStore:
             StoreRefused: there is one.
             StoreBusy: the writer never paused for long enough.
         """
-        from tsgdn.streaming.stores.sqlite import copy_of
+        from tsgdn.streaming.stores.sqlite_copy import copy_of
 
         with self._explained():
             copy_of(
