@@ -176,9 +176,10 @@ def teach(live: StatefulPredictor, source: Source, ids: np.ndarray, steps: int, 
     patch = live.model.patch_size
     begins = np.arange(source.streams) % patch if staggered else np.zeros(source.streams, np.int64)
     if steps < 64:
+        handles = live.handles(ids.tolist(), create=True)
         for step in range(steps):
             on = np.flatnonzero(begins <= step)
-            live.observe((ids[on], np.full(len(on), stamps(step)), source.at(step)[on]))
+            live.observe_at(handles[on], source.at(step)[on], stamps(step))
         return
     chunk = max(patch, min(65_536, LEARNT // source.streams) // patch * patch)
     for begin in range(0, steps, chunk):
