@@ -12,7 +12,8 @@ else
   streams=1,64,1000,10000 crowd=1000,10000,50000
 fi
 failed=0
-"${PYTHON:-python}" -m tsgdn bench latency --device "${DEVICE:-cpu}" --streams "$streams" --resume "$@" || failed=1
+compiled=(); [ "${DEVICE:-cpu}" = cpu ] && compiled=(--compiled)  # wants a C++ compiler
+"${PYTHON:-python}" -m tsgdn bench latency --device "${DEVICE:-cpu}" --streams "$streams" "${compiled[@]}" --resume "$@" || failed=1
 "${PYTHON:-python}" -m tsgdn bench memory --device "${DEVICE:-cpu}" --streams "$crowd" --resume || failed=1
 "${PYTHON:-python}" experiments/render.py
 exit "$failed"

@@ -61,7 +61,7 @@ class Found(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Of a run; `seconds` is what each kind of call is given, at least."""
+    """Of a run; `seconds` is what each kind of call is given, at least. `compiled`: a single stream's calls, too."""
 
     horizon: int = 24
     histories: tuple[int, int] = HISTORIES
@@ -70,6 +70,7 @@ class Options(NamedTuple):
     threads: int = 1
     device: str = "cpu"
     seed: int = 0
+    compiled: bool = False
 
     def describe(self) -> str:
         """For the column `config`."""
@@ -137,11 +138,12 @@ def predictor(mixer: str, device: str = "cpu", seed: int = 0) -> StatefulPredict
     """A predictor with the presets' sizes and random weights; other mixers have the state bytes of gated_deltanet.
 
     Args:
-        mixer: a mixer or hybrid; with `_exact` at its end in the exact mode.
+        mixer: a mixer or hybrid; with `_compiled` at its end one patch of one series is compiled, with `_exact` (after
+            it) the mode is exact.
         device: where it runs.
         seed: of the weights.
     """
-    name = mixer.removesuffix("_exact")
+    name = mixer.removesuffix("_exact").removesuffix("_compiled")
     found = matched(name, width=WIDTH, depth=DEPTH)
     torch.manual_seed(seed)
     model = Forecaster(
@@ -153,7 +155,7 @@ def predictor(mixer: str, device: str = "cpu", seed: int = 0) -> StatefulPredict
         mixer_args=found.mixer_args,
         mlp_ratio=found.mlp_ratio,
     )
-    options: dict[str, Any] = {"exact": True} if mixer != name else {}
+    options: dict[str, Any] = {"exact": mixer.endswith("_exact"), "compiled": "_compiled" in mixer}
     return StatefulPredictor(model, freq=FREQ, device=device, **options)
 
 
@@ -534,6 +536,8 @@ def run(
     systems = list(mixers)
     if exact_is_offered():
         systems += [f"{mixer}_exact" for mixer in mixers]
+    if options.compiled:  # takes minutes
+        systems += [f"{mixer}_compiled{mode}" for mixer in mixers for mode in ("", "_exact")]
     cells = [cell for count in streams for cell in _cells(systems, contestants, count, options)]
     failed, absent = 0, set()
     for number, (name, count, part) in enumerate(cells, 1):
@@ -566,10 +570,10 @@ def _cells(
 ) -> Iterator[tuple[str, int, str]]:
     """(system, streams, part) that make sense."""
     for name in systems:
-        exact = name.endswith("_exact")
-        if not exact or streams <= EXACT_UP_TO:
+        exact, compiled = name.endswith("_exact"), "_compiled" in name
+        if (not exact or streams <= EXACT_UP_TO) and (not compiled or streams == 1):
             yield name, streams, "calls"
-        if streams in options.flat and not exact:
+        if streams in options.flat and not exact and not compiled:
             yield name, streams, "history"
     for name in contestants:
         if streams <= CONTESTANTS[name].most and (options.device == "cpu" or CONTESTANTS[name].gpu):

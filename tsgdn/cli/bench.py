@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--histories", default="1000,1000000", help="steps seen before: usual, and long for --flat")
     latency.add_argument("--flat", default="1", help="numbers of series for which the two are compared")
     latency.add_argument("--seconds", type=float, default=3.0, help="given to each kind of call")
+    latency.add_argument("--compiled", action="store_true", help="single streams compiled too; wants a C++ compiler")
 
     online = questions.add_parser("online", help="accuracy along a stream, without a leak, beside persistence")
     online.add_argument("--tasks", help="names, comma-separated (all)")
@@ -294,6 +295,7 @@ def _latency(args: argparse.Namespace) -> int:
         threads=_threads(args),
         device=args.device,
         seed=args.seed,
+        compiled=args.compiled,
     )
     failed = latency.run(
         [] if args.only == "theirs" else mixers,

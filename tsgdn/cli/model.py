@@ -142,6 +142,7 @@ def certificate_of(
             freq=info["freq"],
             calendar=bool(info.get("calendar")),
             variates=tuple(info.get("variates") or ("target",)),
+            targets=info.get("targets"),
             devices=devices,
             long=long,
             seed=seed,
