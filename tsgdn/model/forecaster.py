@@ -348,7 +348,9 @@ class Forecaster(nn.Module):
         try:
             with torch.no_grad():
                 for count in dict.fromkeys(series):
-                    self._compiled.compile(count, variates, self._example(count, variates))
+                    patches, state = self._example(count, variates)
+                    self._take_in(patches, state, state.static, False, False)  # what is made once is there then
+                    self._compiled.compile(count, variates, (patches, state))
         except Exception as error:  # whatever a compiler or its absence brings: streaming can do without
             self._compiled = None
             reason = str(error).strip().splitlines() or [type(error).__name__]
