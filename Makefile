@@ -37,7 +37,7 @@ test-e2e: $(STAMP) ## the slow tests: whole fits, process groups, published numb
 lint: $(STAMP) ## ruff, format, types, import contracts, tables that fit their rows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright --level error
 	$(BIN)/python experiments/render.py --check
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tsgdn
 from tsgdn.checks import split
 from tsgdn.data.clock import Clock
 from tsgdn.data.series import Series
@@ -439,18 +438,20 @@ def _unequal(got: np.ndarray, want: np.ndarray) -> float:
 def _environment(devices: Sequence[str]) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
+    def found(package: str) -> str | None:  # a checkout may be on the path without being installed
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
     names = {
         device: torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
         for device in devices
     }
     return {
-        "tsgdn": tsgdn.__version__,
+        "tsgdn": found("tsgdn"),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": found("triton"),
         "devices": names,
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
