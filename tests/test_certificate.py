@@ -119,3 +119,11 @@ def test_a_certificate_is_read_with_its_model(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="no certificate"):
         StatefulPredictor.from_pretrained(folder, device="cpu")
+    assert main(["verify", "--model", str(folder), "--device", "cpu", "--write"]) == 0  # the remedy that was named
+    assert StatefulPredictor.from_pretrained(folder, device="cpu").horizon == 8
+
+
+def test_a_folder_that_says_no_frequency_is_told_so(tmp_path, capsys):
+    folder = artefact.save(make_model(), tmp_path / "m")
+    assert main(["verify", "--model", str(folder), "--device", "cpu"]) == 2
+    assert "what frequency" in capsys.readouterr().err

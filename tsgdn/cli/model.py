@@ -96,11 +96,14 @@ def run_verify(args: argparse.Namespace) -> int:
         raise Misuse(f"--rtol is {args.rtol}, expected a positive number such as 1e-5")
     devices = ("cpu", *(["cuda"] if torch.cuda.is_available() else [])) if args.device == "auto" else (args.device,)
     try:
-        predictor = StatefulPredictor.from_pretrained(args.model, device=devices[-1])
-        model, info = load(args.model), read_series_info(args.model)
-        series = catalogued(args.dataset, args.series, args.steps, len(predictor.variates)) if args.dataset else []
-        found = certificate_of(model, info, devices=devices, long=args.long, seed=args.seed)
-        report = predictor.verify(series, origins=args.origins, rtol=args.rtol) if series else None
+        # not from_pretrained, which refuses the certificate that is to be made anew
+        model, info = load(args.model, device=devices[-1]), read_series_info(args.model)
+        kind = kind_of(info)
+        series = catalogued(args.dataset, args.series, args.steps, len(kind["variates"])) if args.dataset else []
+        found = certificate_of(model, kind, devices=devices, long=args.long, seed=args.seed)
+        report = (
+            StatefulPredictor(model, **kind).verify(series, origins=args.origins, rtol=args.rtol) if series else None
+        )
     except (ArtefactError, ValueError) as error:
         raise Misuse(str(error)) from error
     if report is not None:
@@ -127,27 +130,30 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if found.ok else 1
 
 
+def kind_of(info: dict[str, Any]) -> dict[str, Any]:
+    """What a model's folder says of its series, as `StatefulPredictor` and `certificate.certify` take it.
+
+    Raises:
+        ArtefactError: it does not say what frequency the model is for.
+    """
+    if info.get("freq") is None:
+        raise ArtefactError("the model does not say what frequency it is for; export it again from its checkpoint")
+    variates = tuple(info.get("variates") or ("target",))
+    kind = {"freq": info["freq"], "calendar": bool(info.get("calendar")), "variates": variates}
+    return {**kind, "targets": info.get("targets")}
+
+
 def certificate_of(
-    model: Forecaster, info: dict[str, Any], *, devices: Sequence[str] = ("cpu",), long: bool = False, seed: int = 0
+    model: Forecaster, kind: dict[str, Any], *, devices: Sequence[str] = ("cpu",), long: bool = False, seed: int = 0
 ) -> Certificate:
-    """What `certificate.certify` finds for a model and what its folder says of the series; tells its progress."""
+    """What `certificate.certify` finds for a model of series of that kind; tells its progress."""
     with tqdm(desc="verify", unit="part", file=sys.stderr, disable=None, leave=False) as bar:
 
         def progress(part: str) -> None:
             bar.set_postfix_str(part)
             bar.update()
 
-        return certificate.certify(
-            model,
-            freq=info["freq"],
-            calendar=bool(info.get("calendar")),
-            variates=tuple(info.get("variates") or ("target",)),
-            targets=info.get("targets"),
-            devices=devices,
-            long=long,
-            seed=seed,
-            progress=progress,
-        )
+        return certificate.certify(model, **kind, devices=devices, long=long, seed=seed, progress=progress)
 
 
 def save_certified(model: Forecaster, folder: Path, info: dict[str, Any]) -> Path:
@@ -158,7 +164,7 @@ def save_certified(model: Forecaster, folder: Path, info: dict[str, Any]) -> Pat
     save(model, folder, series=info)
     if not model.backbone.bounded:  # nothing streams it
         return folder
-    found = certificate_of(model, info)
+    found = certificate_of(model, kind_of(info))
     certificate.write(found, folder)
     broken = [check for check in found.checks if not check.ok]
     if broken:

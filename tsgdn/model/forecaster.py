@@ -229,8 +229,8 @@ class Forecaster(nn.Module):
         told = patches.observed.any(-1)
         some_wait = some_skip = some_silent = True
         if patches.full and not begins and not torch.is_grad_enabled():
-            # What comes of silence is left out where there is none: it would change no bit. Training does not look: it
-            # never waits for the device, and every parameter is in the graph of every loss.
+            # What comes of silence is left out where there is none: it would change no bit. With gradients it stays, so
+            # that every parameter is in the graph of every loss; so it does at the start, with no look at the device.
             every_enters, every_told, some_skip = torch.stack([enters.all(), told.all(), gap.any()]).tolist()
             some_wait, some_silent = not every_enters, not every_told
         gaps = gap if some_skip else None
